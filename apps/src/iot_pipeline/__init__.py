@@ -1,0 +1,1 @@
+"""Image inference over Kafka: produce, infer, store and audit."""

@@ -1,0 +1,75 @@
+"""What can go wrong, by what is to be done about it, and the exit status each ends with."""
+
+from __future__ import annotations
+
+from enum import IntEnum, StrEnum
+
+
+class Exit(IntEnum):
+    """Exit statuses of `iot-pipeline` (those above 63 as in sysexits.h)."""
+
+    OK = 0
+    FAILED = 1
+    """Audit: images are missing. Other commands: an error nobody foresaw."""
+    UNREACHABLE = 2
+    """Audit: the broker or the database did not answer. Also argparse's status for wrong usage."""
+    DATA = 65
+    """Too many records could not be handled; a restart will not help before someone looks."""
+    CONFIG = 78
+    """A setting is wrong or missing; a restart will not help before it is set."""
+
+
+class Reason(StrEnum):
+    """Why a record is refused: the dead letter's header `error.class`."""
+
+    TOO_LARGE = "too-large"
+    INVALID_JSON = "invalid-json"
+    NOT_AN_OBJECT = "not-an-object"
+    MISSING_FIELD = "missing-field"
+    INVALID_FIELD = "invalid-field"
+    INVALID_BASE64 = "invalid-base64"
+    KEY_MISMATCH = "key-mismatch"
+    NOT_AN_IMAGE = "not-an-image"
+    TRUNCATED_IMAGE = "truncated-image"
+    TOO_MANY_PIXELS = "too-many-pixels"
+
+
+class PipelineError(Exception):
+    """The base of every error this package raises on purpose."""
+
+    exit_status: Exit = Exit.FAILED
+
+
+class ConfigError(PipelineError):
+    """A setting is wrong or missing. The message says which and what to set."""
+
+    exit_status = Exit.CONFIG
+
+
+class TooManyDeadLetters(PipelineError):
+    """So many records were refused that the fault is more likely ours than theirs."""
+
+    exit_status = Exit.DATA
+
+
+class InvalidMessage(PipelineError):
+    """One record or image cannot be handled, now or ever: it belongs in the dead-letter topic."""
+
+    exit_status = Exit.DATA
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class SinkUnavailable(PipelineError):
+    """The broker or the database does not take writes at the moment: wait and try again."""
+
+    exit_status = Exit.UNREACHABLE
+
+
+class RecordTooLarge(InvalidMessage):
+    """A record exceeds IOT_MAX_RECORD_BYTES or the topic's limit. It was not sent."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(Reason.TOO_LARGE, message)

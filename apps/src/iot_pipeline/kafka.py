@@ -1,0 +1,288 @@
+"""Connections to Kafka: how clients are made, and sends that are confirmed.
+
+A producer's use::
+
+    sender = connect(lambda: Sender(settings), service, settings.bootstrap_servers)
+    sender.send(settings.image_topic, message.key, message.encode())   # RecordTooLarge: not sent
+    sender.confirm(service.alive)                                     # SinkUnavailable: try again
+"""
+
+from __future__ import annotations
+
+import random
+import socket
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.consumer.subscription_state import ConsumerRebalanceListener
+from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
+from kafka.errors import (
+    AuthorizationError,
+    KafkaConfigurationError,
+    KafkaError,
+    KafkaTimeoutError,
+    MessageSizeTooLargeError,
+    RecordListTooLargeError,
+    UnknownTopicOrPartitionError,
+)
+
+from iot_pipeline.errors import ConfigError, RecordTooLarge, SinkUnavailable
+from iot_pipeline.service import Log, Service
+from iot_pipeline.settings import ConsumerSettings, Settings
+
+__all__ = ["Backoff", "Sender", "TopicPartition", "connect", "make_consumer"]
+
+log = Log("kafka")
+
+# A send is given up after this, so that the loop learns of an outage while it can still pause and
+# keep its place in the group. Nothing is lost: the loop sends the batch again.
+DELIVERY_TIMEOUT_MS = 20_000
+REQUEST_TIMEOUT_MS = 10_000
+# Room in a request for the framing around one largest record.
+REQUEST_OVERHEAD_BYTES = 65_536
+
+ClientT = TypeVar("ClientT")
+
+
+class Backoff:
+    """Waiting times that double up to a limit, each shortened by chance.
+
+    The chance keeps clients that lost the same server from returning to it all at once.
+    """
+
+    def __init__(self, first: float = 0.5, longest: float = 30.0) -> None:
+        self._first = first
+        self._longest = longest
+        self._attempts = 0
+
+    def next(self) -> float:
+        """The seconds to wait before the next attempt."""
+        upper = min(self._longest, self._first * 2.0**self._attempts)
+        self._attempts += 1
+        return upper * random.uniform(0.5, 1.0)
+
+    def reset(self) -> None:
+        """Start over: the server answered."""
+        self._attempts = 0
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    return {
+        "bootstrap_servers": settings.bootstrap_servers.split(","),
+        "client_id": f"{settings.SERVICE}-{socket.gethostname()}",
+        "request_timeout_ms": REQUEST_TIMEOUT_MS,
+        "reconnect_backoff_max_ms": 5_000,
+        # A mistyped topic must be an error, not a new topic with the broker's defaults.
+        "allow_auto_create_topics": False,
+        # Prometheus has ours; the client's own would be computed for nobody.
+        "metrics_enabled": False,
+    }
+
+
+def connect(make: Callable[[], ClientT], service: Service, servers: str) -> ClientT | None:
+    """Make a client, waiting for the broker as long as it takes.
+
+    Returns:
+        The client, or None when the service was asked to stop meanwhile.
+
+    Raises:
+        ConfigError: the client refuses its settings.
+    """
+    backoff = Backoff(first=1.0, longest=15.0)
+    while not service.stopping:
+        # A client that fails to connect leaves its thread behind, so knock before making one.
+        problem = _knock(servers)
+        if not problem:
+            try:
+                return make()
+            except (KafkaConfigurationError, AssertionError, ValueError) as error:
+                raise ConfigError(f"the Kafka client refuses its settings: {error}") from error
+            except KafkaError as error:
+                problem = str(error) or type(error).__name__
+        wait = backoff.next()
+        log.warning(
+            "broker unreachable",
+            servers=servers,
+            error=problem,
+            setting="IOT_BOOTSTRAP_SERVERS",
+            retry_seconds=wait,
+        )
+        service.status(f"waiting for the broker {servers}: {problem}")
+        service.wait(wait)
+    return None
+
+
+def _knock(servers: str) -> str:
+    """Why none of the servers takes a connection, or the empty string."""
+    problems = []
+    for server in servers.split(","):
+        host, port = split_address(server)
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+        except OSError as error:
+            problems.append(f"{server.strip()}: {error.strerror or error}")
+        else:
+            return ""
+    return "; ".join(problems)
+
+
+def split_address(server: str) -> tuple[str, int]:
+    """`host:port`, `[address]:port` or `host` as host and port.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    host, colon, port = server.strip().rpartition(":")
+    if not colon:
+        host, port = port, "9092"
+    host = host.strip("[]")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(
+            f"IOT_BOOTSTRAP_SERVERS (--bootstrap-servers) must list brokers as host:port, "
+            f"separated by commas; {server!r} is none"
+        )
+    return host, int(port)
+
+
+def make_consumer(
+    settings: ConsumerSettings, topics: Sequence[str], listener: ConsumerRebalanceListener
+) -> KafkaConsumer:
+    """A consumer that joins its group and commits nothing by itself.
+
+    Raises:
+        KafkaError: no broker answered.
+    """
+    consumer = KafkaConsumer(
+        **_options(settings),
+        group_id=settings.group_id,
+        group_instance_id=settings.group_instance_id or None,
+        # What was sent before the first start is work too.
+        auto_offset_reset="earliest",
+        enable_auto_commit=False,
+        # Members keep their partitions through a rebalance, but for those that move.
+        partition_assignment_strategy=[CooperativeStickyAssignor],
+        max_poll_records=settings.max_batch_size,
+        # Well below the largest record and a consumer would be stuck on it; well above a full batch
+        # and memory goes to records that wait.
+        max_partition_fetch_bytes=2 * settings.max_record_bytes,
+        fetch_max_bytes=max(2 * settings.max_record_bytes, 16 * 1024 * 1024),
+    )
+    consumer.subscribe(topics=list(topics), listener=listener)
+    return consumer
+
+
+class Sender:
+    """Sends records and makes sure that each was taken.
+
+    `send` hands a record to the client, `confirm` waits until the broker has taken all of them.
+    The client is idempotent with acks=all: its own retries never write a record twice.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._max_record_bytes = settings.max_record_bytes
+        self._producer = KafkaProducer(
+            **_options(settings),
+            acks="all",
+            enable_idempotence=True,
+            delivery_timeout_ms=DELIVERY_TIMEOUT_MS,
+            max_block_ms=REQUEST_TIMEOUT_MS,
+            max_request_size=settings.max_record_bytes + REQUEST_OVERHEAD_BYTES,
+            linger_ms=0,
+        )
+        self._pending: list[tuple[str, bytes | None, Any]] = []
+
+    def send(
+        self,
+        topic: str,
+        key: bytes | None,
+        value: bytes | None,
+        headers: Sequence[tuple[str, bytes]] = (),
+        *,
+        limited: bool = True,
+    ) -> None:
+        """Hand over one record.
+
+        Args:
+            topic: where to.
+            key: decides the partition.
+            value: the payload.
+            headers: names and values.
+            limited: whether IOT_MAX_RECORD_BYTES holds. A dead letter carries a record that came
+                through Kafka already and its reason beside it, so it may be larger.
+
+        Raises:
+            RecordTooLarge: it exceeds IOT_MAX_RECORD_BYTES, and was not sent.
+            SinkUnavailable: the broker does not answer.
+            ConfigError: the topic does not exist or may not be written to.
+        """
+        size = len(key or b"") + len(value or b"")
+        size += sum(len(name) + len(text) for name, text in headers)
+        if limited and size > self._max_record_bytes:
+            raise RecordTooLarge(
+                f"a record of {size} bytes exceeds IOT_MAX_RECORD_BYTES={self._max_record_bytes}"
+            )
+        try:
+            future = self._producer.send(topic, key=key, value=value, headers=list(headers))
+        except KafkaTimeoutError as error:
+            raise SinkUnavailable(
+                f"Kafka says nothing about topic {topic}: is the broker up, and does the topic "
+                f"exist? ({error})"
+            ) from error
+        except KafkaError as error:
+            raise _explain(error, topic) from error
+        self._pending.append((topic, key, future))
+
+    def confirm(self, alive: Callable[[], None]) -> None:
+        """Wait until the broker has taken every record handed over, calling `alive` meanwhile.
+
+        Raises:
+            SinkUnavailable: at least one was not taken. Send all of them again: one that was taken
+                after all arrives twice, which the keys make harmless.
+            RecordTooLarge: the topic's own limit is lower than ours.
+            ConfigError: the topic does not exist or may not be written to.
+        """
+        pending, self._pending = self._pending, []
+        failures: list[Exception] = []
+        deadline = time.monotonic() + (DELIVERY_TIMEOUT_MS + REQUEST_TIMEOUT_MS) / 1000
+        for topic, _key, future in pending:
+            try:
+                self._wait(future, deadline, alive)
+            except KafkaError as error:
+                failures.append(_explain(error, topic))
+        # What a retry cannot mend must be heard of before what it can.
+        for kind in (ConfigError, RecordTooLarge, SinkUnavailable):
+            for failure in failures:
+                if isinstance(failure, kind):
+                    raise failure
+
+    @staticmethod
+    def _wait(future: Any, deadline: float, alive: Callable[[], None]) -> None:
+        while True:
+            alive()
+            try:
+                future.get(timeout=min(1.0, max(0.0, deadline - time.monotonic())))
+            except KafkaTimeoutError:
+                if future.is_done or time.monotonic() >= deadline:
+                    raise
+            else:
+                return
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Leave. What was not confirmed may be lost."""
+        self._producer.close(timeout=timeout)
+
+
+def _explain(error: KafkaError, topic: str) -> Exception:
+    text = str(error) or type(error).__name__
+    if isinstance(error, MessageSizeTooLargeError | RecordListTooLargeError):
+        return RecordTooLarge(
+            f"{topic} refuses a record as too large: raise the topic's max.message.bytes or lower "
+            f"IOT_MAX_RECORD_BYTES ({text})"
+        )
+    if isinstance(error, UnknownTopicOrPartitionError):
+        return SinkUnavailable(f"topic {topic} does not exist: make it, or set its name ({text})")
+    if isinstance(error, AuthorizationError):
+        return ConfigError(f"not allowed to write to {topic}: grant it to this user ({text})")
+    return SinkUnavailable(f"Kafka did not take a record for {topic}: {text}")

@@ -1,0 +1,62 @@
+"""Every metric this package exports. A command uses those of its own work; the rest stay absent."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram, start_http_server
+
+from iot_pipeline.errors import ConfigError
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+# Records taken from a topic, good or bad. Its rate is the load.
+RECORDS_IN = Counter("iot_records_in_total", "Records consumed", ["topic"])
+
+# Results confirmed by the broker or the database: images sent, predictions sent, documents written.
+RECORDS_OUT = Counter("iot_records_out_total", "Results confirmed by their sink", ["sink"])
+
+# Batches and images that a sink did not take at that time; they are tried again, so nothing is lost
+# by them, but a rate above zero means an outage.
+SINK_FAILURES = Counter("iot_sink_failures_total", "Writes the sink refused or missed", ["sink"])
+
+# Records that can never be handled, by reason. Each is in the dead-letter topic, or was refused
+# before it was sent.
+DEAD_LETTERS = Counter("iot_dead_letters_total", "Records refused for good", ["reason"])
+
+# How many records were handled together. Small batches under load mean that polling is the limit.
+BATCH_SIZE = Histogram("iot_batch_size_records", "Records in a batch", buckets=_SIZES)
+
+# Where the time goes: waiting for records, handling them (decoding, the model), and waiting for the
+# sink to confirm.
+POLL_SECONDS = Histogram("iot_poll_seconds", "Seconds in one poll", buckets=_SECONDS)
+HANDLE_SECONDS = Histogram("iot_handle_seconds", "Seconds to handle one batch", buckets=_SECONDS)
+SINK_SECONDS = Histogram("iot_sink_seconds", "Seconds until the sink confirmed", buckets=_SECONDS)
+
+# Records in the partition that are not committed yet. A growing lag means the stage is too slow.
+LAG = Gauge(
+    "iot_consumer_lag_records", "Records behind the partition's end", ["topic", "partition"]
+)
+
+# How long the oldest record in hand has waited since it was sent. It grows during an outage of the
+# sink even when no new records arrive, where lag does not.
+OLDEST_SECONDS = Gauge("iot_oldest_unhandled_seconds", "Age of the oldest record in hand")
+
+# 1 while the sink takes writes, 0 while the service waits for it.
+SINK_UP = Gauge("iot_sink_up", "Whether the sink takes writes")
+
+
+def serve(host: str, port: int) -> None:
+    """Serve the metrics over HTTP from a thread; port 0 serves nothing.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+    """
+    if not port:
+        return
+    try:
+        start_http_server(port, addr=host)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot serve metrics on {host}:{port}: {error.strerror}; "
+            "set IOT_METRICS_HOST and IOT_METRICS_PORT, or port 0 for none"
+        ) from error

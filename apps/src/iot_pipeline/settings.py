@@ -1,0 +1,444 @@
+"""Every setting of every command, said once: name, default, unit and help.
+
+A setting `max_batch_size` is the flag `--max-batch-size` and the environment variable
+`IOT_MAX_BATCH_SIZE`. A flag wins over the environment, the environment over the settings file, and
+that over the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, get_type_hints
+
+from iot_pipeline.errors import ConfigError
+
+SETTINGS_DIRECTORY = Path("/etc/iot-pipeline")
+
+_BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
+def setting(
+    default: Any,
+    help: str,  # noqa: A002
+    *,
+    unit: str = "",
+    choices: Sequence[str] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+    required: bool = False,
+    metavar: str = "",
+) -> Any:
+    """Declare a setting.
+
+    Args:
+        default: a value, or a function that finds one on this host.
+        help: what it does, as `--help` shows it.
+        unit: of a number, also shown by `--help`.
+        choices: the only values allowed.
+        minimum: the smallest number allowed.
+        maximum: the largest number allowed.
+        required: whether the empty string is refused.
+        metavar: what `--help` shows for the value.
+    """
+    metadata = {
+        "help": help,
+        "unit": unit,
+        "choices": tuple(choices),
+        "minimum": minimum,
+        "maximum": maximum,
+        "required": required,
+        "metavar": metavar,
+    }
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What every command needs."""
+
+    SERVICE: ClassVar[str] = ""
+    """The systemd unit's name, which is also the settings file's and the dead letters' `stage`."""
+    SETTINGS_FILES: ClassVar[tuple[str, ...]] = ()
+    """Settings files to look for, by service; the first that exists is read."""
+    DESCRIPTION: ClassVar[str] = ""
+
+    bootstrap_servers: str = setting(
+        "localhost:9092", "Kafka brokers as host:port, separated by commas", required=True
+    )
+    image_topic: str = setting("iot-topic", "topic of the images", required=True)
+    prediction_topic: str = setting("iot-predictions", "topic of the predictions", required=True)
+    dead_letter_topic: str = setting(
+        "iot-dead-letter", "topic of the records that cannot be handled", required=True
+    )
+    max_record_bytes: int = setting(
+        1_000_000,
+        "largest record, key and headers included, that is sent or taken",
+        unit="bytes",
+        minimum=1024,
+    )
+    log_level: str = setting(
+        "info", "least severe events to log", choices=("debug", "info", "warning", "error")
+    )
+    metrics_host: str = setting("127.0.0.1", "address to serve Prometheus metrics on")
+    metrics_port: int = setting(
+        0, "port to serve Prometheus metrics on; 0 serves none", minimum=0, maximum=65535
+    )
+
+
+def _cache_directory() -> str:
+    # systemd makes the first for a service that has a StateDirectory.
+    state = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return state or str(Path(caches) / "iot-pipeline")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProduceSettings(Settings):
+    """`iot-pipeline produce`."""
+
+    SERVICE = "iot-producer"
+    SETTINGS_FILES = ("iot-producer",)
+    DESCRIPTION = "Send labelled images to Kafka at a steady pace."
+
+    source: str = setting(
+        "sample",
+        "where images come from: sample (drawings that ship with this package), cifar10 (the "
+        "official archive, downloaded once), or the path of a folder or tar of class-named "
+        "folders, or of a local cifar-10-python.tar.gz",
+        required=True,
+        metavar="sample|cifar10|PATH",
+    )
+    source_url: str = setting(
+        "", "mirror to download cifar-10-python.tar.gz from instead of its home", metavar="URL"
+    )
+    cache_dir: str = setting(_cache_directory, "folder for downloads", metavar="DIR")
+    interval: float = setting(10.0, "time from one image to the next", unit="seconds", minimum=0)
+    count: int = setting(0, "images to send before ending; 0 goes on for ever", minimum=0)
+    shuffle: bool = setting(False, "send the images in random order")
+    seed: int = setting(0, "seed of the random order", minimum=0)
+    source_name: str = setting(
+        socket.gethostname, "name of this device in its messages", required=True, metavar="NAME"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsumerSettings(Settings):
+    """What every command with a consumer group needs."""
+
+    group_id: str = setting("", "consumer group", required=True)
+    group_instance_id: str = setting(
+        socket.gethostname,
+        "name of this member in its group: a member that comes back under its name finds its "
+        "partitions waiting. Two members must not share one; empty joins without a name",
+        metavar="NAME",
+    )
+    max_batch_size: int = setting(
+        32, "most records handled at once", unit="records", minimum=1, maximum=100_000
+    )
+    max_consecutive_dead_letters: int = setting(
+        100, "refused records in a row that stop the service; 0 never stops it", minimum=0
+    )
+    max_dead_letter_share: float = setting(
+        0.5,
+        "share of refused records, among the last 1000 and once 200 were seen, above which the "
+        "service stops; 1 never stops it",
+        minimum=0,
+        maximum=1,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferSettings(ConsumerSettings):
+    """`iot-pipeline infer`."""
+
+    SERVICE = "iot-inference"
+    SETTINGS_FILES = ("iot-inference",)
+    DESCRIPTION = "Classify the images of one topic and send predictions to another."
+
+    group_id: str = setting("iot-inference", "consumer group", required=True)
+    model: str = setting(
+        "shipped",
+        "shipped (the weights that come with this package), local-dir:PATH, or hf-hub:OWNER/NAME",
+        required=True,
+    )
+    model_revision: str = setting(
+        "", "commit of the model on the hub; needed for hf-hub, so that the model never changes"
+    )
+    threads: int = setting(
+        0, "threads the model computes with; 0 takes one for each core", minimum=0, maximum=1024
+    )
+    max_image_pixels: int = setting(
+        4_194_304, "largest image that is decoded", unit="pixels", minimum=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CouchSettings:
+    """What every command with the database needs."""
+
+    couchdb_url: str = setting(
+        "http://127.0.0.1:5984", "CouchDB server, without user and password", required=True
+    )
+    couchdb_user: str = setting("", "CouchDB user; empty sends no credentials")
+    couchdb_password_file: str = setting(
+        "", "file that holds the user's password and nothing else", metavar="FILE"
+    )
+    couchdb_database: str = setting("img_db", "CouchDB database", required=True)
+    couchdb_timeout: float = setting(
+        15.0, "longest wait for an answer of CouchDB", unit="seconds", minimum=0.1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreSettings(CouchSettings, ConsumerSettings):
+    """`iot-pipeline store`."""
+
+    SERVICE = "iot-storage"
+    SETTINGS_FILES = ("iot-storage",)
+    DESCRIPTION = "Write images and their predictions to CouchDB, one document an image."
+
+    group_id: str = setting("iot-storage", "consumer group", required=True)
+    max_batch_size: int = setting(
+        500, "most records handled at once", unit="records", minimum=1, maximum=100_000
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditSettings(CouchSettings, Settings):
+    """`iot-pipeline audit`."""
+
+    SERVICE = "iot-audit"
+    # On the storage host the audit needs no settings of its own.
+    SETTINGS_FILES = ("iot-audit", "iot-storage")
+    DESCRIPTION = (
+        "Compare both topics with the database: is every image that was produced predicted and "
+        "stored, once? Exit status 0: yes. 1: something is missing. 2: the broker or the database "
+        "does not answer."
+    )
+
+    grace: float = setting(
+        60.0,
+        "age below which an image counts as pending, not as missing",
+        unit="seconds",
+        minimum=0,
+    )
+    since: str = setting(
+        "",
+        "look only at images made since: an RFC 3339 time, or an age such as 90s, 15m, 2h or 7d",
+        metavar="TIME|AGE",
+    )
+    expect: int = setting(
+        0, "also fail (exit status 1) when fewer images than this were produced", minimum=0
+    )
+    json: bool = setting(False, "print one JSON object on one line")
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def environment_name(name: str) -> str:
+    """`max_batch_size` -> `IOT_MAX_BATCH_SIZE`."""
+    return f"IOT_{name.upper()}"
+
+
+def flag_name(name: str) -> str:
+    """`max_batch_size` -> `--max-batch-size`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def add_arguments(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:
+    """Add a flag for each setting of `kind` and `--env-file`."""
+    parser.add_argument(
+        "--env-file",
+        metavar="FILE",
+        help="settings file of NAME=value lines (environment: IOT_ENV_FILE; default: "
+        + ", else ".join(f"{SETTINGS_DIRECTORY}/{name}.env" for name in kind.SETTINGS_FILES)
+        + ", where it exists)",
+    )
+    types = get_type_hints(kind)
+    for declared in fields(kind):
+        about = declared.metadata
+        text = f"{about['help']}{' [' + about['unit'] + ']' if about['unit'] else ''}"
+        text = f"{text} ({environment_name(declared.name)}; default: {_default_text(declared)})"
+        text = text.replace("%", "%%")
+        if types[declared.name] is bool:
+            parser.add_argument(
+                flag_name(declared.name),
+                action=argparse.BooleanOptionalAction,
+                default=None,
+                help=text,
+            )
+        else:
+            metavar = about["metavar"] or "|".join(about["choices"])
+            metavar = metavar or ("N" if types[declared.name] in (int, float) else "TEXT")
+            parser.add_argument(flag_name(declared.name), metavar=metavar, help=text)
+
+
+def _default_text(declared: Field[Any]) -> str:
+    if declared.default_factory is not MISSING:
+        if declared.default_factory is socket.gethostname:
+            return "this host's name"
+        return str(declared.default_factory())
+    if declared.default is False:
+        return "no"
+    return "none" if declared.default == "" else str(declared.default)
+
+
+def load(
+    kind: type[SettingsT],
+    flags: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> SettingsT:
+    """Gather the settings of `kind`.
+
+    Args:
+        kind: a class of settings.
+        flags: values by setting name (and `env_file`) as argparse leaves them; None: not given.
+        environment: environment variables, this process's by default.
+
+    Raises:
+        ConfigError: a value cannot be used, or a settings file that was named cannot be read.
+    """
+    flags = flags or {}
+    environment = os.environ if environment is None else environment
+    file, from_file = _settings_file(kind, flags.get("env_file"), environment)
+    types = get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for declared in fields(kind):
+        name, variable = declared.name, environment_name(declared.name)
+        if flags.get(name) is not None:
+            raw, origin = flags[name], flag_name(name)
+        elif variable in environment:
+            raw, origin = environment[variable], variable
+        elif variable in from_file:
+            raw, origin = from_file[variable], f"{variable} in {file}"
+        else:
+            continue
+        values[name] = _parse(declared, types[name], raw, origin)
+    return kind(**values)
+
+
+def _parse(declared: Field[Any], type_: type, raw: Any, origin: str) -> Any:
+    about = declared.metadata
+    if isinstance(raw, bool):
+        return raw
+    text = str(raw).strip()
+    if type_ is bool:
+        if text.lower() not in _BOOLEANS:
+            raise ConfigError(f"{origin} must be true or false, not {text!r}")
+        return _BOOLEANS[text.lower()]
+    if type_ in (int, float):
+        return _parse_number(about, type_, text, origin)
+    if about["choices"] and text not in about["choices"]:
+        raise ConfigError(f"{origin} must be one of {', '.join(about['choices'])}, not {text!r}")
+    if about["required"] and not text:
+        raise ConfigError(f"{origin} must not be empty: {about['help']}")
+    return text
+
+
+def _parse_number(about: Mapping[str, Any], type_: type, text: str, origin: str) -> int | float:
+    low = -math.inf if about["minimum"] is None else about["minimum"]
+    high = math.inf if about["maximum"] is None else about["maximum"]
+    try:
+        value: int | float = type_(text)
+    except ValueError:
+        value = math.nan
+    if math.isfinite(value) and low <= value <= high:
+        return value
+    needed = "a whole number" if type_ is int else "a number"
+    needed += f" of {about['unit']}" if about["unit"] else ""
+    needed += f", at least {low}" if math.isfinite(low) else ""
+    needed += f", at most {high}" if math.isfinite(high) else ""
+    raise ConfigError(f"{origin} must be {needed}, not {text!r}")
+
+
+def _settings_file(
+    kind: type[Settings], flag: str | None, environment: Mapping[str, str]
+) -> tuple[Path | None, dict[str, str]]:
+    named = flag or environment.get("IOT_ENV_FILE")
+    if named:
+        path = Path(named)
+        try:
+            return path, parse_env_file(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"settings file {path} (--env-file, IOT_ENV_FILE): {error}"
+            ) from error
+    for service in kind.SETTINGS_FILES:
+        path = SETTINGS_DIRECTORY / f"{service}.env"
+        try:
+            return path, parse_env_file(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except PermissionError:
+            # systemd hands a unit these settings in its environment; a person has to be told.
+            if "INVOCATION_ID" not in environment:
+                sys.stderr.write(
+                    f"iot-pipeline: {path} is not readable for you, so its settings are not used; "
+                    "run as root (sudo) to use them\n"
+                )
+            return None, {}
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"settings file {path}: {error}") from error
+    return None, {}
+
+
+def parse_env_file(text: str) -> dict[str, str]:
+    """Read NAME=value lines as systemd's EnvironmentFile does: comments, quotes, no expansion.
+
+    Raises:
+        ValueError: a line is neither empty, nor a comment, nor NAME=value.
+    """
+    values: dict[str, str] = {}
+    for number, untrimmed in enumerate(text.splitlines(), start=1):
+        line = untrimmed.strip()
+        if not line or line[0] in "#;":
+            continue
+        name, equals, value = line.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise ValueError(f"line {number} is not NAME=value")
+        value = value.strip()
+        if value[:1] in ("'", '"'):
+            try:
+                words = shlex.split(value)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+            value = "".join(words)
+        values[name.strip()] = value
+    return values
+
+
+def describe(settings: Settings) -> dict[str, Any]:
+    """The settings in effect, for the log. No setting holds a secret: passwords are in files."""
+    return {declared.name: getattr(settings, declared.name) for declared in fields(settings)}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its name, its settings, and the module whose `run(settings)` does the work."""
+
+    name: str
+    settings: type[Settings]
+    module: str
+
+    def load(self, flags: Mapping[str, Any]) -> Settings:
+        """The command's settings; see `load`."""
+        return load(self.settings, flags)
+
+
+COMMANDS: tuple[Command, ...] = (
+    Command("produce", ProduceSettings, "iot_pipeline.produce"),
+    Command("infer", InferSettings, "iot_pipeline.infer"),
+    Command("store", StoreSettings, "iot_pipeline.store"),
+    Command("audit", AuditSettings, "iot_pipeline.audit"),
+)
