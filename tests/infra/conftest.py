@@ -1,0 +1,242 @@
+"""Tests of running hosts: the lab's or production's, whichever the inventory names.
+
+    pytest tests/infra --ansible-inventory=inventory/production
+
+The hosts are reached by ssh as Ansible reaches them, and sudo must not ask for a password there.
+Tests marked e2e send images and a few broken records through the pipeline; the others only look.
+Leave the former out with `-m "not e2e"`.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import testinfra
+from testinfra.host import Host
+
+ROOT = Path(__file__).parents[2]
+
+# Group of the inventory -> the systemd unit that its hosts run.
+UNITS = {
+    "kafka_controllers": "kafka",
+    "kafka_brokers": "kafka",
+    "couchdb_servers": "couchdb",
+    "producers": "iot-producer",
+    "inference_nodes": "iot-inference",
+    "storage_nodes": "iot-storage",
+}
+
+# What the tests need to know of each host, as Ansible sees it.
+VARIABLES = (
+    "ansible_connection",
+    "ansible_host",
+    "ansible_port",
+    "ansible_ssh_common_args",
+    "ansible_ssh_extra_args",
+    "ansible_ssh_private_key_file",
+    "ansible_user",
+    "base_extra_ca_bundle",
+    "base_hosts_entries",
+    "couchdb_bind_address",
+    "couchdb_database",
+    "couchdb_distribution",
+    "couchdb_port",
+    "couchdb_url",
+    "kafka_bootstrap_servers",
+    "kafka_client_port",
+    "kafka_controller_port",
+    "kafka_resources_topics",
+    "pipeline_dead_letter_topic",
+    "pipeline_image_topic",
+    "vm_os",
+)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A host of the inventory."""
+
+    name: str
+    groups: tuple[str, ...]
+    variables: dict[str, Any]
+
+    @property
+    def units(self) -> list[str]:
+        return sorted({unit for group, unit in UNITS.items() if group in self.groups})
+
+
+def read_inventory(source: str) -> dict[str, Node]:
+    """The hosts with their variables evaluated, which `ansible-inventory` does not do."""
+    names = json.dumps(["group_names", *VARIABLES])
+    message = (
+        "{% set all = {} %}{% for host in groups['all'] %}"
+        "{% set known = {} %}{% for name in " + names + " if name in hostvars[host] %}"
+        "{% set _ = known.update({name: hostvars[host][name]}) %}{% endfor %}"
+        "{% set _ = all.update({host: known}) %}{% endfor %}{{ all | to_json }}"
+    )
+    ansible = Path(sys.executable).parent / "ansible"
+    done = subprocess.run(
+        [
+            *(ansible, "all[0]", f"--inventory={source}"),
+            *("--module-name=ansible.builtin.debug", f"--args={json.dumps({'msg': message})}"),
+        ],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {
+            "ANSIBLE_CONFIG": str(ROOT / "ansible/ansible.cfg"),
+            "ANSIBLE_CALLBACK_RESULT_FORMAT": "json",
+            "ANSIBLE_NOCOLOR": "1",
+        },
+    )
+    if done.returncode:
+        pytest.exit(f"Ansible cannot read {source}:\n{done.stdout}{done.stderr}", returncode=2)
+    answer = json.loads(done.stdout.partition("=>")[2])["msg"]
+    known = json.loads(answer) if isinstance(answer, str) else answer
+    return {
+        name: Node(name, tuple(variables.pop("group_names")), variables)
+        for name, variables in known.items()
+    }
+
+
+NODES = pytest.StashKey[dict[str, Node]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--also-listening",
+        action="append",
+        default=[],
+        metavar="PORT",
+        type=int,
+        help="TCP port on which hosts may listen besides ssh and the pipeline's (monitoring, …)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    source = config.getoption("ansible_inventory") or str(ROOT / "inventory/couchdb")
+    config.stash[NODES] = read_inventory(source)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs a test on each host of its module's GROUP.
+
+    One that takes `unit` runs for each service there, one that takes `app` for each of the apps.
+    """
+    if not {"host", "node"} & set(metafunc.fixturenames):
+        return
+    group = getattr(metafunc.module, "GROUP", "all")
+    nodes = [
+        node
+        for node in metafunc.config.stash[NODES].values()
+        if group == "all" or group in node.groups
+    ]
+    for argument, prefix in (("unit", ""), ("app", "iot-")):
+        if argument in metafunc.fixturenames:
+            pairs = [(n, unit) for n in nodes for unit in n.units if unit.startswith(prefix)]
+            ids = [f"{node.name}-{unit}" for node, unit in pairs]
+            metafunc.parametrize(f"node, {argument}", pairs, ids=ids)
+            return
+    metafunc.parametrize("node", nodes, ids=[node.name for node in nodes])
+
+
+@pytest.fixture(scope="session")
+def control_path() -> Iterator[str]:
+    # A short path: that of a socket may have 107 characters.
+    folder = tempfile.mkdtemp(prefix="ssh-")
+    yield f"{folder}/%C"
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+CONNECTIONS: dict[str, Host] = {}
+
+
+def connect(node: Node, control_path: str) -> Host:
+    """One connection a host, kept for the session."""
+    if node.name not in CONNECTIONS:
+        known = node.variables
+        if known.get("ansible_connection") == "local":
+            CONNECTIONS[node.name] = testinfra.get_host("local://", sudo=True)
+        else:
+            extra = [known.get(f"ansible_ssh_{kind}_args", "") for kind in ("common", "extra")]
+            CONNECTIONS[node.name] = testinfra.get_host(
+                f"ssh://{known.get('ansible_host', node.name)}:{known.get('ansible_port', 22)}",
+                ssh_identity_file=known.get("ansible_ssh_private_key_file"),
+                ssh_extra_args=" ".join(
+                    [*filter(None, extra), f"-o User={known['ansible_user']}"]
+                    if "ansible_user" in known
+                    else filter(None, extra)
+                ),
+                controlpath=control_path,
+                sudo=True,
+            )
+    return CONNECTIONS[node.name]
+
+
+@pytest.fixture
+def host(node: Node, control_path: str) -> Host:
+    """The host under test, as root."""
+    return connect(node, control_path)
+
+
+@pytest.fixture
+def variables(node: Node) -> dict[str, Any]:
+    """The inventory's variables of the host under test."""
+    return node.variables
+
+
+@dataclass(frozen=True)
+class Topology:
+    """All hosts, for tests that span them."""
+
+    nodes: dict[str, Node]
+    control_path: str
+
+    def first(self, group: str) -> Host:
+        """A host of the group; the test is skipped where the inventory has none."""
+        for node in self.nodes.values():
+            if group in node.groups:
+                return connect(node, self.control_path)
+        pytest.skip(f"the inventory has no host in {group}")
+
+    def services(self) -> dict[tuple[str, str], str]:
+        """The invocation of every service, which changes when it is started anew."""
+        return {
+            (node.name, unit): connect(node, self.control_path).check_output(
+                "systemctl show --property=InvocationID --value %s", unit
+            )
+            for node in self.nodes.values()
+            for unit in node.units
+        }
+
+    def variable(self, name: str) -> Any:
+        """A variable that is the same on all hosts."""
+        return next(iter(self.nodes.values())).variables[name]
+
+
+@pytest.fixture(scope="session")
+def topology(pytestconfig: pytest.Config, control_path: str) -> Topology:
+    return Topology(pytestconfig.stash[NODES], control_path)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A service that fails its test shows its journal."""
+    report: pytest.TestReport = yield
+    arguments = getattr(item, "funcargs", {})
+    unit = arguments.get("unit") or arguments.get("app")
+    if report.failed and unit and "host" in arguments:
+        journal = arguments["host"].run("journalctl --unit=%s --lines=60 --no-pager", unit)
+        report.sections.append((f"journal of {unit}", journal.stdout))
+    return report

@@ -1,0 +1,103 @@
+"""The database server."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+from testinfra.host import Host
+
+GROUP = "couchdb_servers"
+NETRC = "/root/.netrc-couchdb"
+
+
+def ask(host: Host, url: str, *options: str) -> tuple[int, Any]:
+    """HTTP status and JSON answer. As an operator would ask, with curl."""
+    answer = host.check_output(
+        f"curl --silent --show-error --max-time 10 {' '.join(options)} "
+        "--write-out '\n%%{http_code}' %s",
+        url,
+    )
+    body, _, status = answer.rpartition("\n")
+    return int(status), json.loads(body)
+
+
+def test_answers(host: Host, variables: dict[str, Any]) -> None:
+    status, greeting = ask(host, variables["couchdb_url"])
+    assert status == 200
+    # CouchDB greets with its version; so does what stands in for it in the lab.
+    assert greeting["version"]
+
+
+@pytest.mark.parametrize("path", ["_all_dbs", "{database}", "{database}/_all_docs", "_users"])
+def test_strangers_are_refused(host: Host, variables: dict[str, Any], path: str) -> None:
+    path = path.format(database=variables["couchdb_database"])
+    assert ask(host, f"{variables['couchdb_url']}/{path}")[0] == 401
+
+
+def test_strangers_create_nothing(host: Host, variables: dict[str, Any]) -> None:
+    url = f"{variables['couchdb_url']}/made-by-a-stranger"
+    assert ask(host, url, "--request PUT")[0] == 401
+    assert ask(host, url, f"--netrc-file {NETRC}")[0] == 404
+
+
+def test_wrong_password_is_refused(host: Host, variables: dict[str, Any]) -> None:
+    url = f"{variables['couchdb_url']}/{variables['couchdb_database']}"
+    assert ask(host, url, "--user admin:wrong")[0] == 401
+
+
+def test_operators_read_with_their_netrc(host: Host, variables: dict[str, Any]) -> None:
+    netrc = host.file(NETRC)
+    assert (netrc.user, netrc.mode) == ("root", 0o600)
+    url = f"{variables['couchdb_url']}/{variables['couchdb_database']}"
+    assert ask(host, url, f"--netrc-file {NETRC}")[0] == 200
+    status, documents = ask(host, f"{url}/_all_docs?limit=1", f"--netrc-file {NETRC}")
+    assert status == 200
+    assert "rows" in documents
+
+
+def test_password_of_the_app_is_private(host: Host) -> None:
+    password = host.file("/etc/iot-pipeline/couchdb.password")
+    if not password.exists:
+        pytest.skip("no app on this host uses the database")
+    assert (password.user, password.group, password.mode) == ("root", "iot-pipeline", 0o640)
+
+
+# Each prints one password to standard output, without it ever standing on a command line.
+PASSWORDS = {
+    "app": "cat /etc/iot-pipeline/couchdb.password",
+    "admin": f"awk '{{ for (i = 1; i < NF; i++) if ($i == \"password\") print $(i + 1) }}' {NETRC}",
+}
+
+
+@pytest.mark.parametrize("whose", PASSWORDS)
+def test_passwords_do_not_leak(host: Host, whose: str) -> None:
+    show = PASSWORDS[whose]
+    assert len(host.check_output(show).strip()) >= 12
+    seen = {
+        "a process's arguments": "ps axww -o args",
+        "the journal": "journalctl --no-pager --output=cat",
+        "a file that anyone may read": (
+            "find /etc /opt /root /run /tmp /usr/local /var -xdev -type f -perm /004 -size -1024k "
+            "-exec cat {} +"
+        ),
+    }
+    for where, listing in seen.items():
+        # The pattern comes through a descriptor, so that this search does not leak it either.
+        found = host.run(
+            "bash -c %s",
+            f"{listing} 2>/dev/null | grep --text --count --fixed-strings --file=<({show})",
+        )
+        assert found.stdout.strip() == "0", f"the {whose}'s password stands in {where}"
+
+
+def test_listens_only_where_told(host: Host, variables: dict[str, Any]) -> None:
+    if variables["couchdb_bind_address"] != "127.0.0.1":
+        pytest.skip("the inventory opens the database to other hosts")
+    own = host.check_output("ip -4 -o addr show scope global")
+    address = re.search(r"inet ([\d.]+)", own)
+    assert address
+    refused = host.run(
+        "curl --silent --max-time 5 http://%s:%s/", address[1], variables["couchdb_port"]
+    )
+    assert refused.rc == 7

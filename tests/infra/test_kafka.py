@@ -1,0 +1,101 @@
+"""The brokers, and the topics that the inventory declares."""
+
+import re
+from typing import Any
+
+from testinfra.host import Host
+
+GROUP = "kafka_brokers"
+BIN = "/opt/kafka/bin"
+
+
+def server_properties(host: Host) -> dict[str, str]:
+    text = host.file("/opt/kafka/config/server.properties").content_string
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return dict(line.partition("=")[::2] for line in lines)
+
+
+def test_version(host: Host) -> None:
+    assert re.match(r"4\.3\.\d", host.check_output(f"{BIN}/kafka-topics.sh --version"))
+
+
+def test_java(host: Host) -> None:
+    found = re.search(r'version "(\d+)', host.run("java -version").stderr)
+    assert found
+    assert int(found[1]) in {17, 21}
+
+
+def test_data_is_its_own_and_private(host: Host) -> None:
+    folders = server_properties(host)["log.dirs"].split(",")
+    for name in folders:
+        assert not name.startswith("/tmp")
+        folder = host.file(name)
+        assert folder.user == "kafka"
+        assert not folder.mode & 0o007
+        assert host.file(f"{name}/meta.properties").exists
+
+
+def test_code_and_settings_are_not_the_brokers_to_change(host: Host) -> None:
+    settings = host.file("/opt/kafka/config/server.properties")
+    assert settings.user == "root"
+    assert settings.mode & 0o027 == 0
+    assert host.file(f"{BIN}/kafka-topics.sh").user == "root"
+
+
+def test_advertises_a_name_that_others_reach(host: Host, variables: dict[str, Any]) -> None:
+    advertised = server_properties(host)["advertised.listeners"]
+    names = re.findall(r"//([^:/,]+):", advertised)
+    assert names
+    assert not {"localhost", "127.0.0.1", "0.0.0.0"} & set(names)  # noqa: S104 it is compared
+    assert f":{variables['kafka_client_port']}" in advertised
+
+
+def test_heap_fits_the_host(host: Host) -> None:
+    arguments = host.check_output("ps --no-headers -o args -p %s", main_pid(host))
+    heap = re.search(r"-Xmx(\d+)([mMgG])", arguments)
+    assert heap
+    size_mb = int(heap[1]) * (1024 if heap[2] in "gG" else 1)
+    limit = host.check_output("cat /proc/meminfo")
+    total_kb = re.search(r"MemTotal:\s+(\d+)", limit)
+    assert total_kb
+    assert 256 <= size_mb <= int(total_kb[1]) // 1024 * 3 // 4
+
+
+def main_pid(host: Host) -> str:
+    return str(host.check_output("systemctl show --property=MainPID --value kafka"))
+
+
+def test_topics_are_as_declared(host: Host, variables: dict[str, Any]) -> None:
+    described = host.check_output(
+        f"{BIN}/kafka-topics.sh --bootstrap-server %s --describe",
+        variables["kafka_bootstrap_servers"],
+    )
+    for topic in variables["kafka_resources_topics"]:
+        found = re.search(rf"^Topic: {re.escape(topic['name'])}\s.*$", described, re.MULTILINE)
+        assert found, f"{topic['name']} is missing"
+        assert re.search(rf"PartitionCount: {topic['partitions']}\b", found[0])
+        assert re.search(rf"ReplicationFactor: {topic['replication_factor']}\b", found[0])
+        configs = set(found[0].rpartition("Configs: ")[2].strip().split(","))
+        assert {f"{name}={value}" for name, value in topic["config"].items()} <= configs
+
+
+def test_no_partition_is_offline_or_under_replicated(host: Host, variables: dict[str, Any]) -> None:
+    for state in ("--unavailable-partitions", "--under-replicated-partitions"):
+        assert (
+            host.check_output(
+                f"{BIN}/kafka-topics.sh --bootstrap-server %s --describe {state}",
+                variables["kafka_bootstrap_servers"],
+            ).strip()
+            == ""
+        )
+
+
+def test_quorum_has_a_leader_and_all_its_voters(host: Host, variables: dict[str, Any]) -> None:
+    status = host.check_output(
+        f"{BIN}/kafka-metadata-quorum.sh --bootstrap-server %s describe --status",
+        variables["kafka_bootstrap_servers"],
+    )
+    assert re.search(r"LeaderId:\s+\d+", status)
+    lag = re.search(r"MaxFollowerLag:\s+(\d+)", status)
+    assert lag
+    assert int(lag[1]) < 1000
