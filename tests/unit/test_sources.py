@@ -113,8 +113,15 @@ def test_unknown_classes_are_taken_with_a_warning(
     folder = make_folder(tmp_path, {"cat/1.png": b"x", "zebra/1.png": b"x"})
     with open_source(str(folder)) as source:
         assert [image.label for image in source] == ["cat", "zebra"]
-    assert "1 of 2 classes are not CIFAR-10's" in caplog.text
-    assert "zebra" in caplog.text
+    assert "classes outside CIFAR-10" in caplog.text
+    assert "unknown=zebra" in caplog.text
+
+
+@pytest.mark.parametrize("label", ["c" * 101, "c\nat", "c\udcffat"])
+def test_folder_names_that_cannot_be_labels_are_refused(label: str, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, {f"{label}/1.png": b"x"})
+    with pytest.raises(SourceError, match="cannot be a class"):
+        open_source(str(folder))
 
 
 def test_an_image_that_vanished_is_skipped(
@@ -124,7 +131,7 @@ def test_an_image_that_vanished_is_skipped(
     with open_source(str(folder)) as source:
         (folder / "set/dog/1.JPEG").unlink()
         assert short_names(source) == ["cat/1.jpg", "cat/2.png"]
-        assert "skipped set/dog/1.JPEG" in caplog.text
+        assert "image skipped name=set/dog/1.JPEG" in caplog.text
         for path in folder.glob("set/cat/?.*"):
             path.unlink()
         with pytest.raises(SourceError, match="not one of its 3 images can be read"):

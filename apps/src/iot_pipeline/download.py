@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import logging
 import sys
 import time
 import urllib.error
@@ -13,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from iot_pipeline.errors import PipelineError
+from iot_pipeline.service import Log
 
-log = logging.getLogger(__name__)
+log = Log("download")
 
 CHUNK = 256 * 2**10  # bytes
 TIMEOUT = 30.0  # seconds without a byte
@@ -80,7 +80,7 @@ def _complete(
     url: str, part: Path, size: int, progress: Progress, heartbeat: Callable[[], None]
 ) -> None:
     if part.stat().st_size > size:
-        log.warning("%s is longer than the file should be: starting again", part)
+        log.warning("partial download is too long: starting again", path=part, expected_bytes=size)
         part.write_bytes(b"")
     failures = 0
     while (have := part.stat().st_size) < size:
@@ -95,7 +95,7 @@ def _complete(
                 f"{loaded:,} of {size:,} bytes are kept and the next start goes on from there"
             )
         pause = min(2.0**failures, LONGEST_PAUSE)
-        log.warning("%s: %s; next attempt in %.0f s", url, problem, pause)
+        log.warning("download interrupted", url=url, error=problem, retry_seconds=pause)
         _wait(pause, heartbeat)
 
 
@@ -167,15 +167,24 @@ class Progress:
         self._shown = now
         since, first = self._start
         rate = (loaded - first) / (now - since) if now > since else 0.0
-        left = f", {(self._size - loaded) / rate:.0f} s left" if rate else ""
-        text = f"{loaded / 1e6:.1f} of {self._size / 1e6:.1f} MB, {rate / 1e6:.2f} MB/s{left}"
-        share = min(loaded / self._size, 1.0)
+        left = round((self._size - loaded) / rate) if rate else "unknown"
+        percent = 100 * min(loaded / self._size, 1.0)
         if self._terminal:
-            bar = "█" * round(share * 30)
-            sys.stderr.write(f"\r{self._name} {bar:░<30} {share:4.0%}  {text}\033[K")
+            bar = "█" * round(percent * 0.3)
+            sys.stderr.write(
+                f"\r{self._name} {bar:░<30} {percent:3.0f} %  {loaded / 1e6:.1f} of "
+                f"{self._size / 1e6:.1f} MB, {rate / 1e6:.2f} MB/s, {left} s left\033[K"
+            )
             sys.stderr.flush()
         else:
-            log.info("downloading %s: %.0f %%, %s", self._name, share * 100, text)
+            log.info(
+                "downloading",
+                file=self._name,
+                percent=round(percent),
+                megabytes=round(loaded / 1e6, 1),
+                megabytes_per_second=round(rate / 1e6, 2),
+                seconds_left=left,
+            )
 
     def done(self) -> None:
         """End the terminal's line."""

@@ -180,13 +180,14 @@ class Sender:
     The client is idempotent with acks=all: its own retries never write a record twice.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, delivery_timeout_ms: int = DELIVERY_TIMEOUT_MS) -> None:
         self._max_record_bytes = settings.max_record_bytes
+        self._delivery_timeout_ms = delivery_timeout_ms
         self._producer = KafkaProducer(
             **_options(settings),
             acks="all",
             enable_idempotence=True,
-            delivery_timeout_ms=DELIVERY_TIMEOUT_MS,
+            delivery_timeout_ms=delivery_timeout_ms,
             max_block_ms=REQUEST_TIMEOUT_MS,
             max_request_size=settings.max_record_bytes + REQUEST_OVERHEAD_BYTES,
             linger_ms=0,
@@ -245,7 +246,7 @@ class Sender:
         """
         pending, self._pending = self._pending, []
         failures: list[Exception] = []
-        deadline = time.monotonic() + (DELIVERY_TIMEOUT_MS + REQUEST_TIMEOUT_MS) / 1000
+        deadline = time.monotonic() + (self._delivery_timeout_ms + REQUEST_TIMEOUT_MS) / 1000
         for topic, _key, future in pending:
             try:
                 self._wait(future, deadline, alive)

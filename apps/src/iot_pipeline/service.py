@@ -35,6 +35,9 @@ _JOURNAL_PRIORITIES = {
 }
 
 
+STARTING_EVERY = 5.0  # seconds between two words to systemd that a long start goes on
+
+
 class Log:
     """Writes one line an event: its name, then what belongs to it as name=value.
 
@@ -149,6 +152,7 @@ class Service:
         # Twice in each period, as sd_watchdog_enabled(3) advises.
         self._alive_every = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
         self._alive_at = 0.0
+        self._starting_at = -STARTING_EVERY
         self._status = ""
 
     def __enter__(self) -> Self:
@@ -200,6 +204,15 @@ class Service:
                 break
             self._stop.wait(min(left, self._alive_every or left))
         return self.stopping
+
+    def starting(self, status: str) -> None:
+        """Tell systemd that the start takes longer than usual, such as for a download."""
+        moment = time.monotonic()
+        if not self._ready and moment - self._starting_at >= STARTING_EVERY:
+            self._starting_at = moment
+            self._notifier.send(
+                f"EXTEND_TIMEOUT_USEC={int(STARTING_EVERY * 6e6)}", f"STATUS={status}"
+            )
 
     def ready(self, status: str) -> None:
         """Tell systemd, the first time, that the service does its work now."""

@@ -20,7 +20,6 @@ from __future__ import annotations
 import importlib.resources
 import io
 import itertools
-import logging
 import lzma
 import os
 import pickle
@@ -39,9 +38,10 @@ from typing import IO, Any, ClassVar, Self
 
 from iot_pipeline.download import DownloadError, digest, download
 from iot_pipeline.errors import ConfigError
-from iot_pipeline.schema import CLASSES
+from iot_pipeline.schema import CLASSES, MAX_LABEL_CHARACTERS
+from iot_pipeline.service import Log
 
-log = logging.getLogger(__name__)
+log = Log("sources")
 
 CONTENT_TYPES = {
     ".bmp": "image/bmp",
@@ -129,7 +129,7 @@ class Source:
             try:
                 data = self._read(entry)
             except OSError as error:
-                log.warning("skipped %s: %s", entry.name, error)
+                log.warning("image skipped", name=entry.name, error=error)
                 continue
             some = True
             yield Image(data, entry.label, _content_type(entry.name), entry.name)
@@ -201,16 +201,30 @@ def open_source(
         source = Source(
             spec, entries, read, shuffle=shuffle, seed=seed, resources=resources.pop_all()
         )
+    try:
+        _look_at_classes(source)
+    except SourceError:
+        source.close()
+        raise
+    return source
+
+
+def _look_at_classes(source: Source) -> None:
+    for label in source.classes:
+        if len(label) > MAX_LABEL_CHARACTERS or not label.isprintable():
+            raise SourceError(
+                f"{source.description}: the folder name {label!r} cannot be a class: it must be "
+                f"printable and have at most {MAX_LABEL_CHARACTERS} characters"
+            )
     unknown = [label for label in source.classes if label not in CLASSES]
     if unknown:
+        # Their images are produced all the same: the model may be another one.
         log.warning(
-            "%s: %d of %d classes are not CIFAR-10's, so no prediction can match them: %s",
-            spec,
-            len(unknown),
-            len(source.classes),
-            ", ".join(unknown[:10]) + (" …" if len(unknown) > 10 else ""),
+            "classes outside CIFAR-10",
+            source=source.description,
+            classes=len(source.classes),
+            unknown=", ".join(unknown[:10]) + (" …" if len(unknown) > 10 else ""),
         )
-    return source
 
 
 def interleave(entries: Iterable[Entry]) -> list[Entry]:
