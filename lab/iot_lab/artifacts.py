@@ -1,4 +1,4 @@
-"""What the lab installs and cannot download as it is: built once from package registries, then kept.
+"""What the lab installs but cannot download as it is: built from package registries, then kept.
 
 - Kafka: an archive of the official layout, assembled from Maven's jars.
 - CouchDB: an archive of the stand-in server with its npm packages.
@@ -15,12 +15,12 @@ import fcntl
 import gzip
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -33,7 +33,6 @@ WHEELS = ROOT / ".lab" / "wheels"
 EPOCH = 1_700_000_000
 ATTEMPTS = 3
 
-_POM = "{http://maven.apache.org/POM/4.0.0}"
 # Prebuilt binaries and C++ sources of LevelDB that no lab host runs.
 _STANDIN_UNUSED = (
     "node_modules/.bin",
@@ -248,13 +247,10 @@ def write_archive(tree: Path, archive: Path, unused: tuple[str, ...] = ()) -> No
 
 
 def _kafka_versions(pom: Path) -> tuple[str, str]:
-    properties = ElementTree.parse(pom).getroot().find(f"{_POM}properties")
-    if properties is None:
-        raise ArtifactError(f"{_shown(pom)} has no <properties>.")
-    found = [properties.findtext(f"{_POM}{name}.version") for name in ("scala", "kafka")]
-    if not found[0] or not found[1]:
+    found = dict(re.findall(r"<(scala|kafka)\.version>([^<]+)<", pom.read_text()))
+    if set(found) != {"scala", "kafka"}:
         raise ArtifactError(f"{_shown(pom)} must set scala.version and kafka.version.")
-    return found[0], found[1]
+    return found["scala"], found["kafka"]
 
 
 def _write_checksums(libs: Path, listing: Path) -> None:
