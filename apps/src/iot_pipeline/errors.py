@@ -32,6 +32,7 @@ class Reason(StrEnum):
     NOT_AN_IMAGE = "not-an-image"
     TRUNCATED_IMAGE = "truncated-image"
     TOO_MANY_PIXELS = "too-many-pixels"
+    REFUSED_BY_DATABASE = "refused-by-database"
 
 
 class PipelineError(Exception):

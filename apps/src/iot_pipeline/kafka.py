@@ -15,8 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
-from kafka.consumer.subscription_state import ConsumerRebalanceListener
+from kafka import KafkaConsumer, KafkaProducer
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.errors import (
     AuthorizationError,
@@ -32,16 +31,15 @@ from iot_pipeline.errors import ConfigError, RecordTooLarge, SinkUnavailable
 from iot_pipeline.service import Log, Service
 from iot_pipeline.settings import ConsumerSettings, Settings
 
-__all__ = ["Backoff", "Sender", "TopicPartition", "connect", "make_consumer"]
-
 log = Log("kafka")
 
 # A send is given up after this, so that the loop learns of an outage while it can still pause and
 # keep its place in the group. Nothing is lost: the loop sends the batch again.
 DELIVERY_TIMEOUT_MS = 20_000
 REQUEST_TIMEOUT_MS = 10_000
-# Room in a request for the framing around one largest record.
-REQUEST_OVERHEAD_BYTES = 65_536
+# Room in a request for what surrounds the largest record: its framing, and the reason in a dead
+# letter.
+REQUEST_OVERHEAD_BYTES = 131_072
 
 ClientT = TypeVar("ClientT")
 
@@ -146,15 +144,13 @@ def split_address(server: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def make_consumer(
-    settings: ConsumerSettings, topics: Sequence[str], listener: ConsumerRebalanceListener
-) -> KafkaConsumer:
-    """A consumer that joins its group and commits nothing by itself.
+def make_consumer(settings: ConsumerSettings) -> KafkaConsumer:
+    """A consumer that joins its group, once subscribed, and commits nothing by itself.
 
     Raises:
         KafkaError: no broker answered.
     """
-    consumer = KafkaConsumer(
+    return KafkaConsumer(
         **_options(settings),
         group_id=settings.group_id,
         group_instance_id=settings.group_instance_id or None,
@@ -164,13 +160,37 @@ def make_consumer(
         # Members keep their partitions through a rebalance, but for those that move.
         partition_assignment_strategy=[CooperativeStickyAssignor],
         max_poll_records=settings.max_batch_size,
-        # Well below the largest record and a consumer would be stuck on it; well above a full batch
-        # and memory goes to records that wait.
+        # New partitions are noticed within this time.
+        metadata_max_age_ms=60_000,
+        # Below the largest record, the consumer would need a fetch for each; far above, memory
+        # goes to records that wait.
         max_partition_fetch_bytes=2 * settings.max_record_bytes,
         fetch_max_bytes=max(2 * settings.max_record_bytes, 16 * 1024 * 1024),
     )
-    consumer.subscribe(topics=list(topics), listener=listener)
-    return consumer
+
+
+def wait_for_topics(consumer: KafkaConsumer, topics: Sequence[str], service: Service) -> bool:
+    """Wait until all topics exist: a subscription to one that does not is silently empty.
+
+    Returns:
+        Whether they do; not so when the service was asked to stop meanwhile.
+    """
+    backoff = Backoff(first=1.0, longest=15.0)
+    while not service.stopping:
+        problem = ""
+        missing: list[str] = []
+        try:
+            missing = [topic for topic in topics if not consumer.partitions_for_topic(topic)]
+        except KafkaError as error:
+            problem = str(error) or type(error).__name__
+        if not missing and not problem:
+            return True
+        wait = backoff.next()
+        problem = problem or f"no such topic: {', '.join(missing)}"
+        log.warning("waiting for topics", error=problem, retry_seconds=wait)
+        service.status(f"waiting for topics: {problem}")
+        service.wait(wait)
+    return False
 
 
 class Sender:
@@ -227,11 +247,13 @@ class Sender:
         try:
             future = self._producer.send(topic, key=key, value=value, headers=list(headers))
         except KafkaTimeoutError as error:
+            self._pending.clear()
             raise SinkUnavailable(
                 f"Kafka says nothing about topic {topic}: is the broker up, and does the topic "
                 f"exist? ({error})"
             ) from error
         except KafkaError as error:
+            self._pending.clear()
             raise _explain(error, topic) from error
         self._pending.append((topic, key, future))
 

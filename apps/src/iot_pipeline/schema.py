@@ -315,6 +315,8 @@ class Record(Protocol):
     offset: int
     key: bytes | None
     value: bytes | None
+    timestamp: int
+    """Milliseconds since 1970, or -1."""
 
 
 MessageT = TypeVar("MessageT", ImageMessage, PredictionMessage)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import shlex
+import re
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +21,9 @@ from typing import Any, ClassVar, TypeVar, get_type_hints
 from iot_pipeline.errors import ConfigError
 
 SETTINGS_DIRECTORY = Path("/etc/iot-pipeline")
+
+_QUOTED = re.compile(r"""'([^']*)'|"((?:[^"\\]|\\.)*)\"""")
+_ESCAPED = re.compile(r'\\(["\\$`])')
 
 _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
@@ -408,12 +411,12 @@ def parse_env_file(text: str) -> dict[str, str]:
         if not equals or not name.strip().isidentifier():
             raise ValueError(f"line {number} is not NAME=value")
         value = value.strip()
-        if value[:1] in ("'", '"'):
-            try:
-                words = shlex.split(value)
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from error
-            value = "".join(words)
+        quoted = _QUOTED.fullmatch(value)
+        if quoted:
+            single, double = quoted.groups()
+            value = single if double is None else _ESCAPED.sub(r"\1", double)
+        elif value[:1] in ("'", '"'):
+            raise ValueError(f"line {number}: the quote is not closed")
         values[name.strip()] = value
     return values
 
