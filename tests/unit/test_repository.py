@@ -43,7 +43,14 @@ def test_no_registry_is_named() -> None:
 
 
 def test_scripts_can_be_run() -> None:
-    scripts = [p for p in TRACKED if p.read_bytes()[:2] == b"#!" and p.suffix != ".j2"]
+    scripts = [
+        p
+        for p in TRACKED
+        if p.read_bytes()[:2] == b"#!"
+        and p.suffix != ".j2"
+        # These are packed into archives, which gives them their modes.
+        and ROOT / "lab/artifacts" not in p.parents
+    ]
     assert scripts
     assert [p for p in scripts if not p.stat().st_mode & 0o111] == []
 

@@ -30,7 +30,7 @@ TYPES: dict[str, tuple[type, ...]] = {
 
 UNIT = re.compile(
     r"\b(milliseconds|seconds|minutes|hours|days|bytes|KiB|MiB|GiB|percent|share|port|number"
-    r"|count|id)\b",
+    r"|count|id|pixels|seed)\b",
     re.IGNORECASE,
 )
 
@@ -122,7 +122,11 @@ def is_expression(value: Any) -> bool:
 
 def files_are_there(role: Path) -> list[str]:
     wanted = ("meta/main.yml", "meta/argument_specs.yml", "defaults/main.yml", "tasks/main.yml")
-    return [f"{name} is missing" for name in wanted if not (role / name).is_file()]
+    found = [f"{name} is missing" for name in wanted if not (role / name).is_file()]
+    license_ = load(role / "meta/main.yml").get("galaxy_info", {}).get("license")
+    if license_ != "Apache-2.0":
+        found.append(f"meta/main.yml: licensed as {license_}, not as LICENSE says")
+    return found
 
 
 def every_option_has_its_default(role: Path) -> list[str]:
