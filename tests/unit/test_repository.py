@@ -85,10 +85,11 @@ def test_every_inventory_variable_is_used(inventory: Path) -> None:
     """A misspelt variable would be ignored in silence, and the role's default taken."""
     found = variables(inventory)
     expressions = str(list(found.values()))
+    options = role_options()
     unused = {
         name
         for name in found
-        if name not in role_options()
+        if name not in options
         and not name.startswith(("ansible_", "vm_"))
         and not re.search(rf"\b{name}\b", expressions)
     }

@@ -4,6 +4,7 @@ A rule is a function from a role's folder to the list of its breaches. It is run
 on one role made to breach it, so that no rule can rot into one that always passes.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 ROLES = sorted(p for p in (ROOT / "roles").iterdir() if p.is_dir())
+OURS = {p.stem for p in ROOT.glob("roles/*/library/*.py")}
 
 Rule = Callable[[Path], list[str]]
 
@@ -79,6 +81,7 @@ BANNED = {"shell", "raw", "apt_key", "apt_repository"}
 OVER_THE_NETWORK = {"apt", "get_url", "pip"}
 
 
+@functools.cache
 def load(path: Path) -> Any:
     """Reads a YAML file; a missing or an empty one is an empty mapping."""
     return (yaml.safe_load(path.read_text()) if path.exists() else None) or {}
@@ -103,9 +106,8 @@ def tasks(entries: Any) -> Iterator[dict[str, Any]]:
 
 def module(task: dict[str, Any]) -> str | None:
     """The module a task calls, or None for a block. Found by its dot or by being ours."""
-    ours = {p.stem for p in ROOT.glob("roles/*/library/*.py")}
     for key in task:
-        if "." in key or key in ours or key in BANNED | INCLUDES:
+        if "." in key or key in OURS | BANNED | INCLUDES:
             return str(key)
     return None
 
