@@ -228,15 +228,28 @@ def topology(pytestconfig: pytest.Config, control_path: str) -> Topology:
     return Topology(pytestconfig.stash[NODES], control_path)
 
 
+def services_of(arguments: dict[str, Any]) -> list[tuple[Host, str]]:
+    unit = arguments.get("unit") or arguments.get("app")
+    if unit and "host" in arguments:
+        return [(arguments["host"], unit)]
+    topology = arguments.get("topology")
+    if topology is None:
+        return []
+    return [
+        (connect(node, topology.control_path), unit)
+        for node in topology.nodes.values()
+        for unit in node.units
+    ]
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """A service that fails its test shows its journal."""
+    """A failed test shows the journals of the services that it looked at."""
     report: pytest.TestReport = yield
-    arguments = getattr(item, "funcargs", {})
-    unit = arguments.get("unit") or arguments.get("app")
-    if report.failed and unit and "host" in arguments:
-        journal = arguments["host"].run("journalctl --unit=%s --lines=60 --no-pager", unit)
-        report.sections.append((f"journal of {unit}", journal.stdout))
+    if report.failed:
+        for host, unit in services_of(getattr(item, "funcargs", {})):
+            journal = host.run("journalctl --unit=%s --lines=60 --no-pager", unit)
+            report.sections.append((f"journal of {unit}", journal.stdout))
     return report

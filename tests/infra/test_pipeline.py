@@ -4,6 +4,7 @@ import datetime as dt
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,49 +80,6 @@ def test_documents_hold_image_and_prediction(topology: Any) -> None:
         assert "@" in document["Model"]
 
 
-# Runs on a host of the pipeline: sends what must not be handled, and waits for it to come back.
-BREAK = r"""
-import base64, io, json, sys, time, uuid
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
-
-servers, images, letters = sys.argv[1:4]
-good = {
-    "ID": "", "GroundTruth": "cat", "Data": base64.b64encode(b"no image").decode(),
-    "ContentType": "image/png", "ProducedAt": "2026-01-01T00:00:00.000000Z",
-    "Source": "infra-tests",
-}
-cases = {
-    "not-json": b"{not json",
-    "missing-field": json.dumps({k: v for k, v in good.items() if k != "GroundTruth"}).encode(),
-    "wrong-base64": json.dumps(good | {"Data": "!!!"}).encode(),
-    "not-an-image": json.dumps(good).encode(),
-}
-consumer = KafkaConsumer(bootstrap_servers=servers.split(","))
-partitions = [TopicPartition(letters, p) for p in consumer.partitions_for_topic(letters)]
-consumer.assign(partitions)
-for partition, offset in consumer.end_offsets(partitions).items():
-    consumer.seek(partition, offset)
-
-producer = KafkaProducer(bootstrap_servers=servers.split(","), acks="all")
-sent = {}
-for case, value in cases.items():
-    key = str(uuid.uuid4())
-    sent[key] = case
-    value = value.replace(b'"ID": ""', f'"ID": "{key}"'.encode())
-    producer.send(images, key=key.encode(), value=value)
-producer.flush(30)
-
-found, deadline = {}, time.monotonic() + 60
-while set(found) != set(cases) and time.monotonic() < deadline:
-    for records in consumer.poll(timeout_ms=1000).values():
-        for record in records:
-            case = sent.get((record.key or b"").decode())
-            if case:
-                found[case] = {name: value.decode() for name, value in record.headers}
-print(json.dumps(found))
-"""
-
-
 def test_broken_records_are_set_aside_and_the_next_image_is_not(topology: Any) -> None:
     producer, storage = topology.first("producers"), topology.first("storage_nodes")
     before = topology.services()
@@ -130,20 +88,28 @@ def test_broken_records_are_set_aside_and_the_next_image_is_not(topology: Any) -
     letters = json.loads(
         producer.check_output(
             f"{PYTHON} -c %s %s %s %s",
-            BREAK,
+            Path(__file__).with_name("send_broken_records.py").read_text(),
             topology.variable("kafka_bootstrap_servers"),
             images,
             topology.variable("pipeline_dead_letter_topic"),
         )
     )
-    assert set(letters) == {"not-json", "missing-field", "wrong-base64", "not-an-image"}
-    for reason in letters.values():
-        assert reason["error.class"]
-        assert reason["error.message"]
-        assert reason["stage"] in {"iot-inference", "iot-storage"}
-        assert reason["source.topic"] == images
-        assert reason["source.partition"].isdigit()
-        assert reason["source.offset"].isdigit()
+    assert set(letters) == {
+        "invalid-base64",
+        "invalid-json",
+        "missing-field",
+        "not-an-image",
+        "too-many-pixels",
+        "truncated-image",
+    }
+    for reason, letter in letters.items():
+        assert letter["error.class"] == reason
+        assert letter["error.message"]
+        assert letter["stage"] in {"iot-inference", "iot-storage"}
+        assert letter["source.topic"] == images
+        assert letter["source.partition"].isdigit()
+        assert letter["source.offset"].isdigit()
+        assert letter["unchanged"] == "True"
 
     produce(producer, 5)
     seen = wait_for(
