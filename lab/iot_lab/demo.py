@@ -1,0 +1,343 @@
+"""`lab demo`: the whole pipeline as plain processes, each image printed on its way.
+
+Runs in the apps' virtual environment (see `lab setup demo`): it reads the topics and the database
+like any other client, so what it prints is what really arrived there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from kafka import KafkaConsumer, TopicPartition
+
+from iot_lab.artifacts import ArtifactError
+from iot_lab.processes import App, Broker, Database, Pipeline, Process, ProcessError
+from iot_pipeline.errors import InvalidMessage
+from iot_pipeline.schema import STORED_AT, DeadLetter, ImageMessage, PredictionMessage, parse_time
+
+POLL = 0.1  # seconds
+DRAIN = 20.0  # seconds that the images on their way get at the end
+SILENCE = 15.0  # seconds without a stored image after which the demo says that it waits
+ASKED_AT_ONCE = 200  # documents
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C or SIGTERM."""
+
+
+@dataclass(slots=True)
+class Journey:
+    """What is known of one image so far."""
+
+    number: int
+    truth: str
+    produced_at: datetime
+    prediction: PredictionMessage | None = None
+    stored_at: datetime | None = None
+
+    @property
+    def latency(self) -> float:
+        """Seconds from produced to stored with its prediction."""
+        return (self.stored_at - self.produced_at).total_seconds() if self.stored_at else 0.0
+
+
+class Watcher:
+    """Follows images through topics and database."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._consumer = KafkaConsumer(
+            bootstrap_servers=pipeline.broker.bootstrap_servers,
+            auto_offset_reset="earliest",
+            enable_auto_commit=False,
+        )
+        topics = (pipeline.image_topic, pipeline.prediction_topic, pipeline.dead_letter_topic)
+        self._consumer.assign(
+            [
+                TopicPartition(topic, partition)
+                for topic in topics
+                for partition in sorted(self._consumer.partitions_for_topic(topic) or {0})
+            ]
+        )
+        self._predictions: dict[str, PredictionMessage] = {}
+        self.journeys: dict[str, Journey] = {}
+        self.pending: dict[str, Journey] = {}
+        self.dead_letters: list[DeadLetter] = []  # not shown yet
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._consumer.close()
+
+    def caught_up(self) -> bool:
+        """Whether nothing is left to read in the topics."""
+        ends = self._consumer.end_offsets(self._consumer.assignment())
+        return all(self._consumer.position(at) >= end for at, end in ends.items())
+
+    def look(self) -> list[Journey]:
+        """Read what is new; returns the images whose document is complete since the last look."""
+        for records in self._consumer.poll(timeout_ms=int(POLL * 1000)).values():
+            for record in records:
+                self._take(record)
+        return self._ask_database() if self.pending else []
+
+    def _take(self, record: Any) -> None:
+        if record.topic == self._pipeline.dead_letter_topic:
+            self.dead_letters.append(DeadLetter.from_headers(record.headers))
+            self.pending.pop((record.key or b"").decode(errors="replace"), None)
+            return
+        try:
+            if record.topic == self._pipeline.image_topic:
+                image = ImageMessage.decode(record.value)
+                number = len(self.journeys) + 1
+                journey = Journey(number, image.ground_truth, image.produced_at)
+                self.journeys[image.id] = self.pending[image.id] = journey
+            else:
+                prediction = PredictionMessage.decode(record.value)
+                self._predictions[prediction.id] = prediction
+        except InvalidMessage:
+            pass  # It comes back as a dead letter.
+
+    def _ask_database(self) -> list[Journey]:
+        keys = [key for key in self.pending if key in self._predictions][:ASKED_AT_ONCE]
+        if not keys:
+            return []
+        path = f"/{self._pipeline.database_name}/_all_docs?include_docs=true"
+        answer = self._pipeline.database.request("POST", path, {"keys": keys})
+        complete = []
+        for row in answer.body["rows"] if answer.status == 200 else []:
+            stored_at = (row.get("doc") or {}).get(STORED_AT)
+            if stored_at:
+                journey = self.pending.pop(row["id"])
+                journey.prediction = self._predictions.pop(row["id"])
+                journey.stored_at = parse_time(stored_at)
+                complete.append(journey)
+        return complete
+
+
+class Screen:
+    """What the person sees."""
+
+    def __init__(self) -> None:
+        self._colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        self._started = time.monotonic()
+        self.right = 0
+        self.latencies: list[float] = []
+
+    def colour(self, code: int, text: str) -> str:
+        """The text in an ANSI colour, where there is a terminal."""
+        return f"\033[{code}m{text}\033[0m" if self._colours else text
+
+    def say(self, text: str) -> None:
+        """Print one line now."""
+        print(text, flush=True)
+
+    @contextmanager
+    def step(self, what: str) -> Iterator[None]:
+        """Print what is being waited for, and how long it took."""
+        began = time.monotonic()
+        print(f"  {what:<60}", end="", flush=True)
+        try:
+            yield
+        except BaseException:
+            print(self.colour(31, "✗"), flush=True)
+            raise
+        print(f"{self.colour(32, '✓')} {time.monotonic() - began:5.1f} s", flush=True)
+
+    def journey(self, journey: Journey) -> None:
+        """Print one image's way."""
+        prediction = journey.prediction
+        if prediction is None:
+            return
+        right = prediction.inferred_value == journey.truth
+        self.right += right
+        self.latencies.append(journey.latency)
+        classified = (prediction.inferred_at - journey.produced_at).total_seconds()
+        verdict = self.colour(32, "✓") if right else self.colour(31, "✗")
+        share = self.right / len(self.latencies)
+        self.say(
+            f"{journey.number:>6}  {journey.produced_at.astimezone():%H:%M:%S}  "
+            f"{prediction.id}  {journey.truth:<10} → {prediction.inferred_value:<10} {verdict} "
+            f"{prediction.confidence:4.0%}  classified {classified:5.2f} s  "
+            f"stored {journey.latency:5.2f} s  right so far {share:4.0%}"
+        )
+
+    def ready(self) -> None:
+        """Say that images flow from now on, and what the columns are."""
+        self.say(
+            f"\nUp after {time.monotonic() - self._started:.0f} s. One line an image, once it is "
+            "stored with its prediction; seconds count from when it was produced.\n"
+            "Ctrl-C ends the demo with an audit.\n"
+        )
+
+    def summary(self) -> None:
+        """Say how long images took."""
+        if self.latencies:
+            ordered = sorted(self.latencies)
+            median, most = (ordered[int(share * (len(ordered) - 1))] for share in (0.5, 0.95))
+            self.say(
+                f"From produced to stored with its prediction: median {median:.2f} s, 95 % of the "
+                f"images within {most:.2f} s."
+            )
+
+
+class Demo:
+    """Starts everything, follows the images, ends everything."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path, screen: Screen) -> None:
+        self._options = options
+        self._folder = folder
+        self._screen = screen
+
+    def run(self) -> int:
+        """Run until the count is reached or the person ends it; returns the exit status."""
+        say = self._screen.say
+        say(f"Starting the pipeline on 127.0.0.1; logs and data in {self._folder}")
+        with ExitStack() as ending:
+            ending.callback(say, "Everything is stopped.")
+            broker, database = Broker(self._folder), Database(self._folder)
+            for server in (broker, database):
+                ending.callback(_stop, server)
+                server.start()
+            with self._screen.step(f"Database at {database.url}"):
+                database.wait_ready()
+            with self._screen.step(f"Kafka at {broker.bootstrap_servers}"):
+                broker.wait_ready()
+            pipeline = Pipeline(self._folder, broker, database)
+            ending.callback(pipeline.stop)
+            with self._screen.step("Topics and database"):
+                pipeline.prepare()
+            workers = [pipeline.infer().start(), pipeline.store().start()]
+            for worker, what in zip(workers, ("Inference, with its model", "Storage"), strict=True):
+                with self._screen.step(what):
+                    worker.wait_ready()
+            watcher = Watcher(pipeline)
+            ending.callback(watcher.close)
+            return self._follow(pipeline, watcher, workers)
+
+    def _follow(self, pipeline: Pipeline, watcher: Watcher, workers: list[App]) -> int:
+        options = self._options
+        flags = ["--interval", str(options.interval), "--count", str(options.count)]
+        flags += ["--source", str(options.dataset)] if options.dataset else []
+        flags += ["--shuffle"] if options.shuffle else []
+        with self._screen.step(f"Producer, an image each {options.interval:g} s"):
+            producer = pipeline.produce(*flags).start().wait_ready()
+        self._screen.ready()
+        try:
+            self._watch(watcher, producer, workers)
+        except _Interrupted:
+            self._screen.say("\nNo more images; waiting for those on their way …")
+        producer.stop()
+        self._drain(watcher)
+        self._screen.say("\nAudit of both topics and the database:\n")
+        audit = pipeline.run("audit", "--grace", "0")
+        self._screen.say(audit.stdout.rstrip() + audit.stderr.rstrip() + "\n")
+        self._screen.summary()
+        return audit.returncode
+
+    def _watch(self, watcher: Watcher, producer: App, workers: list[App]) -> None:
+        """Print images until the producer has sent as many as it was told to."""
+        heard = time.monotonic()
+        while producer.running:
+            if self._show(watcher) or not watcher.pending:
+                heard = time.monotonic()
+            if time.monotonic() - heard > SILENCE:
+                self._screen.say(f"  {len(watcher.pending)} images wait; logs in {self._folder}")
+                heard = time.monotonic()
+            for worker in workers:
+                if not worker.running:
+                    raise worker.error(f"ended with status {worker.status()}")
+        if producer.status():
+            raise producer.error(f"ended with status {producer.status()}")
+
+    def _show(self, watcher: Watcher) -> bool:
+        complete = watcher.look()
+        for journey in complete:
+            self._screen.journey(journey)
+        while watcher.dead_letters:
+            letter = watcher.dead_letters.pop(0)
+            self._screen.say(f"  refused by {letter.stage}: {letter.reason}: {letter.message}")
+        return bool(complete)
+
+    def _drain(self, watcher: Watcher) -> None:
+        """Show what is still on its way, for a while; the audit judges what is not."""
+        deadline = time.monotonic() + DRAIN
+        self._show(watcher)
+        while (watcher.pending or not watcher.caught_up()) and time.monotonic() < deadline:
+            self._show(watcher)
+
+
+def _stop(process: Process) -> None:
+    try:
+        process.stop()
+    finally:
+        process.kill()
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise _Interrupted
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the demo as the command line says and return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="lab demo",
+        description="Run the pipeline as plain processes on loopback and print every image: when "
+        "it was produced, how it was classified, when it was stored. Ends with an audit, whose "
+        "exit status (0: nothing is missing) is the demo's.",
+    )
+    parser.add_argument(
+        "--interval", type=float, default=1.0, metavar="SECONDS", help="time between images (1)"
+    )
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=0,
+        metavar="N",
+        help="images to send; 0 goes on until Ctrl-C (0)",
+    )
+    parser.add_argument(
+        "--dataset",
+        type=Path,
+        metavar="PATH",
+        help="folder or tar of class-named folders to send instead of the drawings that ship",
+    )
+    parser.add_argument("--shuffle", action="store_true", help="send the images in random order")
+    parser.add_argument("--keep", action="store_true", help="keep logs and data afterwards")
+    options = parser.parse_args(arguments)
+    if options.dataset:
+        options.dataset = options.dataset.expanduser().resolve()
+        if not options.dataset.exists():
+            parser.error(f"there is no {options.dataset}")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    folder = Path(tempfile.mkdtemp(prefix="iot-demo-"))
+    try:
+        status = Demo(options, folder, Screen()).run()
+    except _Interrupted:
+        print("\nEnded before it was up.")
+        status = 130
+    except (ProcessError, ArtifactError) as error:
+        print(f"\n{error}", file=sys.stderr)
+        status = 1
+    if status == 1 or options.keep:
+        print(f"Logs and data: {folder}")
+    else:
+        shutil.rmtree(folder)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

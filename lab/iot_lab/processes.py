@@ -1,0 +1,630 @@
+"""The pipeline as plain processes on loopback: no hosts, no root.
+
+The broker is the real Kafka of the lab's archive, the database the lab's CouchDB stand-in, the apps
+are the installed console script. `make demo` and the integration tests run on these::
+
+    with Broker(folder) as broker, Database(folder) as database:
+        with Pipeline(folder, broker, database) as pipeline:
+            pipeline.store().start().wait_ready()
+            ...
+
+Everything listens on 127.0.0.1 alone, on ports that were free, logs to `<folder>/<name>.log`, and
+dies with the process that started it.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import itertools
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from kafka import KafkaAdminClient
+from kafka.admin import NewTopic
+from kafka.errors import KafkaError
+
+from iot_lab.artifacts import CACHE, ROOT, couchdb_archive, kafka_archive
+
+APPS = ROOT / ".lab" / "venv" / "apps" / "bin"
+LOOPBACK = "127.0.0.1"
+PARTITIONS = 4  # of the image and the prediction topic: both are keyed by image id
+MAX_RECORD_BYTES = 1_000_000
+READY_TIMEOUT = 90.0  # seconds; a busy machine loads torch slowly
+STOP_TIMEOUT = 30.0  # seconds from SIGTERM to SIGKILL
+TAIL_LINES = 20
+
+_socket_numbers = itertools.count()
+
+
+class ProcessError(Exception):
+    """A process did not do what it should; the message shows the end of its log."""
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nothing listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_for(
+    check: Callable[[], object], what: str, timeout: float = READY_TIMEOUT, pause: float = 0.1
+) -> None:
+    """Wait until `check` is true, asking every `pause` seconds.
+
+    Raises:
+        TimeoutError: it did not become true within `timeout` seconds; the message names `what`.
+    """
+    deadline = time.monotonic() + timeout
+    while not check():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {timeout:.0f} s in vain for {what}")
+        time.sleep(pause)
+
+
+class Process:
+    """One program in the background, with its output in a log file.
+
+    It can be stopped or killed and started again, on the same ports and data.
+    """
+
+    def __init__(
+        self, name: str, folder: Path, command: Sequence[str], environment: Mapping[str, str]
+    ) -> None:
+        self.name = name
+        self.folder = folder
+        self.log = folder / f"{name}.log"
+        self._command = list(command)
+        self._environment = dict(environment)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The process's id while it runs."""
+        return self._process.pid if self._process and self.running else None
+
+    @property
+    def running(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> Self:
+        """Start it, without waiting until it is ready."""
+        if self.running:
+            raise ProcessError(f"{self.name} runs already")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # In a session of its own it hears no Ctrl-C, so that we can stop things in order. Should we
+        # be killed, the kernel ends it in our place.
+        command = ["setpriv", "--pdeathsig", "TERM", "--", *self._command]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=_clean_environment() | self._environment,
+                cwd=self.folder,
+                start_new_session=True,
+            )
+        return self
+
+    def is_ready(self) -> bool:
+        """Whether it does its work."""
+        return self.running
+
+    def wait_ready(self, timeout: float = READY_TIMEOUT) -> Self:
+        """Wait until it does its work.
+
+        Raises:
+            ProcessError: it ended, or is not ready after `timeout` seconds.
+        """
+
+        def settled() -> bool:
+            if not self.running:
+                raise self.error(f"ended with status {self.status()} before it was ready")
+            return self.is_ready()
+
+        try:
+            wait_for(settled, f"{self.name} to be ready", timeout)
+        except TimeoutError as error:
+            raise self.error(str(error)) from error
+        return self
+
+    def status(self) -> int | None:
+        """The exit status once it has ended; a signal's number is negative."""
+        return self._process.poll() if self._process else None
+
+    def wait(self, timeout: float) -> int:
+        """Wait until it ends by itself and return its exit status.
+
+        Raises:
+            ProcessError: it still runs after `timeout` seconds.
+        """
+        if self._process is None:
+            raise ProcessError(f"{self.name} was never started")
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            raise self.error(f"still runs after {timeout:.0f} s") from error
+
+    def stop(self, timeout: float = STOP_TIMEOUT) -> int | None:
+        """End it with SIGTERM, or SIGKILL if that is not heard, and return its exit status."""
+        if self._process is None:
+            return None
+        if self.running:
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise self.error(f"did not end within {timeout:.0f} s of SIGTERM") from None
+
+    def kill(self) -> None:
+        """End it with SIGKILL: what power loss does."""
+        if self._process is not None and self.running:
+            self._process.kill()
+            self._process.wait()
+
+    def output(self) -> str:
+        """What it wrote so far."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def error(self, problem: str) -> ProcessError:
+        """An error that shows the end of the log."""
+        tail = "\n".join(f"  {line}" for line in self.output().splitlines()[-TAIL_LINES:])
+        return ProcessError(f"{self.name} {problem}; the end of {self.log}:\n{tail}")
+
+    def __enter__(self) -> Self:
+        try:
+            return self.start().wait_ready()
+        except BaseException:
+            self.kill()
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+def _clean_environment() -> dict[str, str]:
+    """Ours, without settings that are meant for other pipelines or our own service manager."""
+    foreign = ("IOT_", "KAFKA_", "COUCHDB_", "PYTHON", "NOTIFY_SOCKET", "WATCHDOG_", "VIRTUAL_ENV")
+    return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+
+
+def _unpacked(archive: Path) -> Path:
+    """The single top folder of an archive, unpacked once as long as the archive is the same."""
+    checksum = next(archive.parent.glob(f"{archive.name}.sha*")).read_text().strip()
+    home = CACHE / "unpacked" / f"{archive.stem}-{checksum[:12]}"
+    if not home.is_dir():
+        partial = home.with_name(f"{home.name}.{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        subprocess.run(["tar", "-xf", str(archive), "-C", str(partial)], check=True)
+        with contextlib.suppress(OSError):  # another process was quicker
+            partial.rename(home)
+        shutil.rmtree(partial, ignore_errors=True)
+    return next(home.iterdir())
+
+
+def _program(name: str, package: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        raise ProcessError(f"there is no {name} on PATH: install {package}, or run make setup")
+    return path
+
+
+class Broker(Process):
+    """A Kafka node that is broker and controller in one."""
+
+    def __init__(self, folder: Path) -> None:
+        _program("java", "openjdk-17-jre-headless")
+        self._home = _unpacked(kafka_archive())
+        self._port, self._controller_port = free_port(), free_port()
+        self._settings = folder / "server.properties"
+        super().__init__(
+            "kafka",
+            folder,
+            [str(self._home / "bin" / "kafka-server-start.sh"), str(self._settings)],
+            {
+                "LOG_DIR": str(folder / "kafka-logs"),
+                "KAFKA_HEAP_OPTS": "-Xmx512m -Xms128m",
+                # Compiling thoroughly pays off after minutes; here a quick start counts.
+                "KAFKA_JVM_PERFORMANCE_OPTS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+            },
+        )
+
+    @property
+    def bootstrap_servers(self) -> str:
+        """Where clients connect to."""
+        return f"{LOOPBACK}:{self._port}"
+
+    def start(self) -> Self:
+        """Start it, formatting its storage the first time."""
+        if not self._settings.exists():
+            self._format()
+        return super().start()
+
+    def _format(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        controller = f"{LOOPBACK}:{self._controller_port}"
+        properties = {
+            "process.roles": "broker,controller",
+            "node.id": "1",
+            "controller.quorum.bootstrap.servers": controller,
+            "listeners": f"PLAINTEXT://{self.bootstrap_servers},CONTROLLER://{controller}",
+            "advertised.listeners": f"PLAINTEXT://{self.bootstrap_servers},CONTROLLER://{controller}",
+            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "controller.listener.names": "CONTROLLER",
+            "log.dirs": str(self.folder / "kafka-data"),
+            "auto.create.topics.enable": "false",
+            "offsets.topic.replication.factor": "1",
+            "offsets.topic.num.partitions": "4",
+            "transaction.state.log.replication.factor": "1",
+            "transaction.state.log.min.isr": "1",
+            # Nobody waits here for other members of a group, nor for other brokers: one that was
+            # killed may come back as soon as its session has run out.
+            "group.initial.rebalance.delay.ms": "0",
+            "broker.session.timeout.ms": "4000",
+            "broker.heartbeat.interval.ms": "500",
+        }
+        self._settings.write_text(
+            "".join(f"{name}={value}\n" for name, value in properties.items())
+        )
+        cluster = base64.urlsafe_b64encode(secrets.token_bytes(16)).decode().rstrip("=")
+        storage = [str(self._home / "bin" / "kafka-storage.sh"), "format", "--standalone"]
+        storage += ["--cluster-id", cluster, "--config", str(self._settings)]
+        done = subprocess.run(
+            storage,
+            env=_clean_environment() | self._environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            self._settings.unlink()
+            raise ProcessError(f"cannot format Kafka's storage: {done.stdout}{done.stderr}")
+
+    def is_ready(self) -> bool:
+        """Whether clients find a broker that is not fenced."""
+        # A client that finds nobody is slow to say so: knock first.
+        with socket.socket() as probe:
+            if probe.connect_ex((LOOPBACK, self._port)):
+                return False
+        try:
+            with self.admin() as admin:
+                return bool(admin.describe_cluster()["brokers"])
+        except KafkaError:
+            return False
+
+    @contextlib.contextmanager
+    def admin(self) -> Iterator[Any]:
+        """An admin client, closed afterwards."""
+        client = KafkaAdminClient(bootstrap_servers=self.bootstrap_servers)
+        try:
+            yield client
+        finally:
+            client.close()
+
+    def create_topics(self, topics: Mapping[str, tuple[int, int]]) -> None:
+        """Make topics from their name, partitions and largest record in bytes."""
+        new = [
+            NewTopic(
+                name=name,
+                num_partitions=partitions,
+                replication_factor=1,
+                topic_configs={"max.message.bytes": str(largest)},
+            )
+            for name, (partitions, largest) in topics.items()
+        ]
+        with self.admin() as admin:
+            admin.create_topics(new)
+            admin.wait_for_topics(list(topics))
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the database answered."""
+
+    status: int
+    body: Any
+
+
+class Database(Process):
+    """The CouchDB stand-in, with an admin and one user who may use the databases made here."""
+
+    USER = "iot-storage"
+
+    def __init__(self, folder: Path) -> None:
+        home = _unpacked(couchdb_archive())
+        self._port = free_port()
+        self._admin = ("admin", secrets.token_urlsafe(24))
+        self._user = (self.USER, secrets.token_urlsafe(24))
+        self._admin_file = folder / "couchdb-admin.password"
+        self.password_file = folder / "couchdb.password"
+        super().__init__(
+            "couchdb",
+            folder,
+            [_program("node", "nodejs"), str(home / "server.js")],
+            {
+                "COUCHDB_DATA_DIR": str(folder / "couchdb-data"),
+                "COUCHDB_ADMIN_PASSWORD_FILE": str(self._admin_file),
+                "COUCHDB_BIND_ADDRESS": LOOPBACK,
+                "COUCHDB_PORT": str(self._port),
+            },
+        )
+
+    @property
+    def url(self) -> str:
+        """The server's address, without credentials."""
+        return f"http://{LOOPBACK}:{self._port}"
+
+    @property
+    def admin(self) -> tuple[str, str]:
+        """Name and password of the server's admin."""
+        return self._admin
+
+    @property
+    def user(self) -> tuple[str, str]:
+        """Name and password of the databases' user."""
+        return self._user
+
+    def start(self) -> Self:
+        """Start it, writing its passwords into files only we can read."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for file, (_, password) in (
+            (self._admin_file, self._admin),
+            (self.password_file, self._user),
+        ):
+            file.touch(mode=0o600)
+            file.write_text(password)
+        return super().start()
+
+    def is_ready(self) -> bool:
+        """Whether it answers."""
+        try:
+            return self.request("GET", "/_up", user=None).status == 200
+        except OSError:
+            return False
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        document: object = None,
+        user: tuple[str, str] | None = ("", ""),
+    ) -> Answer:
+        """Send one request; as the admin, or as `user`, or anonymously when that is None.
+
+        Raises:
+            OSError: there is no answer.
+        """
+        headers = {"Accept": "application/json"}
+        if user is not None:
+            credentials = ":".join(self._admin if user == ("", "") else user)
+            headers["Authorization"] = "Basic " + base64.b64encode(credentials.encode()).decode()
+        body = None
+        if document is not None:
+            headers["Content-Type"] = "application/json"
+            body = json.dumps(document)
+        connection = http.client.HTTPConnection(LOOPBACK, self._port, timeout=30)
+        try:
+            connection.request(method, path, body, headers)
+            response = connection.getresponse()
+            return Answer(response.status, json.loads(response.read() or b"null"))
+        except http.client.HTTPException as error:
+            raise OSError(f"{method} {path}: {error!r}") from error
+        finally:
+            connection.close()
+
+    def create(self, name: str) -> None:
+        """Make a database that the user may read and write.
+
+        Raises:
+            ProcessError: the server refuses.
+        """
+        account, password = self._user
+        members = {"names": [account], "roles": []}
+        admins = {"names": [], "roles": ["_admin"]}
+        person = {"name": account, "password": password, "roles": [], "type": "user"}
+        for path, document in (
+            ("/_users", None),
+            (f"/_users/org.couchdb.user:{account}", person),
+            (f"/{name}", None),
+            (f"/{name}/_security", {"admins": admins, "members": members}),
+        ):
+            answer = self.request("PUT", path, document)
+            # 409 and 412: it is there from an earlier call.
+            if answer.status not in (200, 201, 202, 409, 412):
+                raise self.error(f"answered PUT {path} with {answer.status} {answer.body}")
+
+
+class App(Process):
+    """`iot-pipeline COMMAND` as a service, ready when it tells its service manager so."""
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+    ) -> None:
+        # An abstract address needs no file and no folder of a bearable length.
+        self._address = f"@iot-lab-{os.getpid()}-{next(_socket_numbers)}"
+        self._notifications = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._notifications.bind(self._address.replace("@", "\0", 1))
+        self._notifications.setblocking(False)
+        self._ready = False
+        super().__init__(
+            name,
+            folder,
+            [str(APPS / "iot-pipeline"), *command],
+            {**environment, "NOTIFY_SOCKET": self._address},
+        )
+
+    def start(self) -> Self:
+        """Start it, without waiting until it is ready."""
+        if not (APPS / "iot-pipeline").exists():
+            raise ProcessError(f"{APPS / 'iot-pipeline'} is missing: run lab/bin/lab setup demo")
+        self._read_notifications()  # of the process before
+        self._ready = False
+        return super().start()
+
+    def is_ready(self) -> bool:
+        """Whether it has sent READY=1 since it was started."""
+        self._ready = "READY=1" in self._read_notifications() or self._ready
+        return self._ready
+
+    def _read_notifications(self) -> list[str]:
+        lines: list[str] = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                lines += self._notifications.recv(65536).decode().splitlines()
+        return lines
+
+
+class Pipeline:
+    """Topics, a database and apps, on a broker and a database server.
+
+    With prefixes of their own, several can share the servers.
+    """
+
+    def __init__(self, folder: Path, broker: Broker, database: Database, prefix: str = "") -> None:
+        self.folder = folder
+        self.broker = broker
+        self.database = database
+        self.prefix = prefix
+        self.image_topic = f"{prefix}iot-topic"
+        self.prediction_topic = f"{prefix}iot-predictions"
+        self.dead_letter_topic = f"{prefix}iot-dead-letter"
+        self.database_name = f"{prefix}img_db"
+        self._apps: list[App] = []
+
+    def prepare(self) -> None:
+        """Make the topics and the database."""
+        self.broker.create_topics(
+            {
+                self.image_topic: (PARTITIONS, MAX_RECORD_BYTES + 100_000),
+                self.prediction_topic: (PARTITIONS, MAX_RECORD_BYTES),
+                # Room for the original record and the reason beside it.
+                self.dead_letter_topic: (1, MAX_RECORD_BYTES + 200_000),
+            }
+        )
+        self.database.create(self.database_name)
+
+    def __enter__(self) -> Self:
+        self.prepare()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop every app, in the order in which images flow."""
+        order = ("produce", "infer", "store")
+        for app in sorted(self._apps, key=lambda app: order.index(app.name.split("-")[0])):
+            try:
+                app.stop()
+            finally:
+                app.kill()
+        self._apps.clear()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The settings that all commands share."""
+        return {
+            # Services of this machine, if it runs any, have settings of their own.
+            "IOT_ENV_FILE": os.devnull,
+            "IOT_BOOTSTRAP_SERVERS": self.broker.bootstrap_servers,
+            "IOT_IMAGE_TOPIC": self.image_topic,
+            "IOT_PREDICTION_TOPIC": self.prediction_topic,
+            "IOT_DEAD_LETTER_TOPIC": self.dead_letter_topic,
+            "IOT_MAX_RECORD_BYTES": str(MAX_RECORD_BYTES),
+        }
+
+    @property
+    def database_environment(self) -> dict[str, str]:
+        """The settings of the commands that use the database, too."""
+        return {
+            **self.environment,
+            "IOT_COUCHDB_URL": self.database.url,
+            "IOT_COUCHDB_USER": self.database.USER,
+            "IOT_COUCHDB_PASSWORD_FILE": str(self.database.password_file),
+            "IOT_COUCHDB_DATABASE": self.database_name,
+        }
+
+    def produce(self, *flags: str) -> App:
+        """The producer, not started; flags are those of `iot-pipeline produce`."""
+        return self._app("produce", self.environment | {"IOT_INTERVAL": "1"}, flags)
+
+    def infer(self, *flags: str) -> App:
+        """An inference worker, not started. Several share the work."""
+        environment = {
+            **self.environment,
+            "IOT_GROUP_ID": f"{self.prefix}iot-inference",
+            # Waiting threads that spin take the processor from everything else on the machine.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+        return self._app("infer", environment, flags)
+
+    def store(self, *flags: str) -> App:
+        """A storage worker, not started."""
+        environment = {**self.database_environment, "IOT_GROUP_ID": f"{self.prefix}iot-storage"}
+        return self._app("store", environment, flags)
+
+    def _app(self, command: str, environment: Mapping[str, str], flags: Sequence[str]) -> App:
+        number = sum(app.name.split("-")[0] == command for app in self._apps) + 1
+        name = command if number == 1 else f"{command}-{number}"
+        names_itself = {"IOT_GROUP_INSTANCE_ID": f"{self.prefix}{name}"}
+        app = App(name, self.folder, [command, *flags], {**environment, **names_itself})
+        self._apps.append(app)
+        return app
+
+    def run(self, command: str, *flags: str) -> subprocess.CompletedProcess[str]:
+        """Run a command that ends by itself, such as the audit, and return what it printed."""
+        return subprocess.run(
+            [str(APPS / "iot-pipeline"), command, *flags],
+            env=_clean_environment() | self.database_environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    def audit(self, *flags: str) -> tuple[int, dict[str, Any]]:
+        """Run the audit; returns its exit status and what it found.
+
+        Raises:
+            ProcessError: it gave no answer.
+        """
+        done = self.run("audit", "--json", *flags)
+        try:
+            found: dict[str, Any] = json.loads(done.stdout)
+        except ValueError as error:
+            problem = f"the audit ended with {done.returncode}: {done.stdout}{done.stderr}"
+            raise ProcessError(problem) from error
+        return done.returncode, found
