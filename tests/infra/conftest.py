@@ -9,6 +9,7 @@ Leave the former out with `-m "not e2e"`.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,8 @@ VARIABLES = (
     "vm_os",
 )
 
+UNSET = "not set in the inventory"
+
 
 @dataclass(frozen=True)
 class Node:
@@ -75,17 +78,12 @@ class Node:
 
 def read_inventory(source: str) -> dict[str, Node]:
     """The hosts with their variables evaluated, which `ansible-inventory` does not do."""
-    names = json.dumps(["group_names", *VARIABLES])
-    message = (
-        "{% set all = {} %}{% for host in groups['all'] %}"
-        "{% set known = {} %}{% for name in " + names + " if name in hostvars[host] %}"
-        "{% set _ = known.update({name: hostvars[host][name]}) %}{% endfor %}"
-        "{% set _ = all.update({host: known}) %}{% endfor %}{{ all | to_json }}"
-    )
-    ansible = Path(sys.executable).parent / "ansible"
+    names = ("group_names", *VARIABLES)
+    looked_up = f"query('ansible.builtin.vars', *{names}, default='{UNSET}')"
+    message = f"{{{{ dict({names} | zip({looked_up})) }}}}"
     done = subprocess.run(
         [
-            *(ansible, "all[0]", f"--inventory={source}"),
+            *(Path(sys.executable).with_name("ansible"), "all", f"--inventory={source}"),
             *("--module-name=ansible.builtin.debug", f"--args={json.dumps({'msg': message})}"),
         ],
         check=False,
@@ -100,12 +98,13 @@ def read_inventory(source: str) -> dict[str, Node]:
     )
     if done.returncode:
         pytest.exit(f"Ansible cannot read {source}:\n{done.stdout}{done.stderr}", returncode=2)
-    answer = json.loads(done.stdout.partition("=>")[2])["msg"]
-    known = json.loads(answer) if isinstance(answer, str) else answer
-    return {
-        name: Node(name, tuple(variables.pop("group_names")), variables)
-        for name, variables in known.items()
-    }
+    nodes = {}
+    for name, answer in re.findall(
+        r"^(\S+) \| SUCCESS => (\{.*?^\})", done.stdout, re.MULTILINE | re.DOTALL
+    ):
+        known = {key: value for key, value in json.loads(answer)["msg"].items() if value != UNSET}
+        nodes[name] = Node(name, tuple(known.pop("group_names")), known)
+    return nodes
 
 
 NODES = pytest.StashKey[dict[str, Node]]()
@@ -153,7 +152,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def control_path() -> Iterator[str]:
     # A short path: that of a socket may have 107 characters.
     folder = tempfile.mkdtemp(prefix="ssh-")
-    yield f"{folder}/%C"
+    yield f"{folder}/%%C"  # testinfra formats the command line once more.
     shutil.rmtree(folder, ignore_errors=True)
 
 
