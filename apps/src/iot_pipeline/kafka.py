@@ -169,6 +169,28 @@ def make_consumer(settings: ConsumerSettings) -> KafkaConsumer:
     )
 
 
+def make_reader(settings: Settings) -> KafkaConsumer:
+    """A consumer of no group, for reading topics from begin to end.
+
+    Raises:
+        SinkUnavailable: no broker answers.
+    """
+    problem = _knock(settings.bootstrap_servers)
+    if not problem:
+        try:
+            return KafkaConsumer(
+                **_options(settings),
+                group_id=None,
+                auto_offset_reset="earliest",
+                enable_auto_commit=False,
+            )
+        except KafkaError as error:
+            problem = str(error) or type(error).__name__
+    raise SinkUnavailable(
+        f"Kafka is not reachable: {problem}; check IOT_BOOTSTRAP_SERVERS (--bootstrap-servers)"
+    )
+
+
 def wait_for_topics(consumer: KafkaConsumer, topics: Sequence[str], service: Service) -> bool:
     """Wait until all topics exist: a subscription to one that does not is silently empty.
 

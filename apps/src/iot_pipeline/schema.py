@@ -88,6 +88,17 @@ def uuid7_time(identifier: str) -> datetime:
     return datetime.fromtimestamp(int(identifier[:8] + identifier[9:13], 16) / 1000, tz=UTC)
 
 
+def first_uuid7(moment: datetime) -> str:
+    """The smallest id that could have been made at `moment` or later, to start a range with."""
+    digits = f"{int(moment.timestamp() * 1000):012x}"
+    return f"{digits[:8]}-{digits[8:]}-7000-8000-000000000000"
+
+
+def is_uuid7(text: str) -> bool:
+    """Whether a text is an id as `uuid7` makes them."""
+    return bool(_UUID7.fullmatch(text))
+
+
 def now() -> datetime:
     """The present time in UTC."""
     return datetime.now(tz=UTC)
@@ -149,7 +160,7 @@ class _Fields:
 
     def identifier(self, name: str) -> str:
         value = self.text(name, MAX_NAME_CHARACTERS)
-        if not _UUID7.fullmatch(value):
+        if not is_uuid7(value):
             raise _invalid(name, "must be a UUID version 7 in lower case")
         return value
 
