@@ -168,18 +168,20 @@ class Screen:
         verdict = self.colour(32, "✓") if right else self.colour(31, "✗")
         share = self.right / len(self.latencies)
         self.say(
-            f"{journey.number:>6}  {journey.produced_at.astimezone():%H:%M:%S}  "
-            f"{prediction.id}  {journey.truth:<10} → {prediction.inferred_value:<10} {verdict} "
-            f"{prediction.confidence:4.0%}  classified {classified:5.2f} s  "
-            f"stored {journey.latency:5.2f} s  right so far {share:4.0%}"
+            f"{journey.number:>5}  {journey.produced_at.astimezone():%H:%M:%S}  {prediction.id}  "
+            f"{journey.truth:<10}  {prediction.inferred_value:<10} {verdict}  "
+            f"{prediction.confidence:4.0%}  {classified:8.2f} s  {journey.latency:6.2f} s  "
+            f"{share:12.0%}"
         )
 
     def ready(self) -> None:
         """Say that images flow from now on, and what the columns are."""
         self.say(
-            f"\nUp after {time.monotonic() - self._started:.0f} s. One line an image, once it is "
-            "stored with its prediction; seconds count from when it was produced.\n"
-            "Ctrl-C ends the demo with an audit.\n"
+            f"\nUp after {time.monotonic() - self._started:.0f} s. Each image gets a line once it "
+            "is stored with its prediction.\nSeconds count from when it was produced. Ctrl-C ends "
+            "the demo with an audit.\n\n"
+            f"{'no.':>5}  {'produced':<8}  {'id':<36}  {'truth':<10}  {'predicted':<12}  sure  "
+            "classified    stored  right so far"
         )
 
     def summary(self) -> None:

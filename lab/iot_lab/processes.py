@@ -32,11 +32,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from kafka import KafkaAdminClient
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import NewTopic
 from kafka.errors import KafkaError
 
 from iot_lab.artifacts import CACHE, ROOT, couchdb_archive, kafka_archive
+from iot_pipeline.schema import STORED_AT
 
 APPS = ROOT / ".lab" / "venv" / "apps" / "bin"
 LOOPBACK = "127.0.0.1"
@@ -179,6 +180,9 @@ class Process:
             self._process.kill()
             self._process.wait()
 
+    def close(self) -> None:
+        """Give back what is held beside the process. It cannot be started again."""
+
     def output(self) -> str:
         """What it wrote so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
@@ -193,6 +197,7 @@ class Process:
             return self.start().wait_ready()
         except BaseException:
             self.kill()
+            self.close()
             raise
 
     def __exit__(
@@ -201,7 +206,10 @@ class Process:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.stop()
+        try:
+            self.stop()
+        finally:
+            self.close()
 
 
 def _clean_environment() -> dict[str, str]:
@@ -323,6 +331,62 @@ class Broker(Process):
             yield client
         finally:
             client.close()
+
+    def committed(self, group: str) -> dict[TopicPartition, int]:
+        """The offsets a consumer group has committed, by partition."""
+        with self.admin() as admin:
+            return {
+                at: found.offset for at, found in admin.list_group_offsets(group)[group].items()
+            }
+
+    def members(self, group: str) -> set[str]:
+        """The ids of a consumer group's members. A member that leaves and returns has a new one."""
+        with self.admin() as admin:
+            return {
+                member["member_id"] for member in admin.describe_groups([group])[group]["members"]
+            }
+
+    def ends(self, topic: str) -> dict[TopicPartition, int]:
+        """Where each partition of a topic ends."""
+        with self._consumer(topic) as consumer:
+            ends: dict[TopicPartition, int] = consumer.end_offsets(consumer.assignment())
+            return ends
+
+    def records(self, topic: str) -> list[Any]:
+        """All records of a topic, by partition and offset."""
+        with self._consumer(topic) as consumer:
+            records: list[Any] = []
+            ends = consumer.end_offsets(consumer.assignment())
+            while any(consumer.position(at) < end for at, end in ends.items()):
+                for batch in consumer.poll(timeout_ms=200).values():
+                    records += batch
+        return sorted(records, key=lambda record: (record.partition, record.offset))
+
+    def send(self, topic: str, value: bytes | None, key: bytes | None = None) -> Any:
+        """Send one record as it is and return where it lies: its partition and offset.
+
+        Raises:
+            KafkaError: the broker does not take it.
+        """
+        producer = KafkaProducer(bootstrap_servers=self.bootstrap_servers, acks="all")
+        try:
+            return producer.send(topic, value=value, key=key).get(timeout=30)
+        finally:
+            producer.close()
+
+    @contextlib.contextmanager
+    def _consumer(self, topic: str) -> Iterator[Any]:
+        consumer = KafkaConsumer(
+            bootstrap_servers=self.bootstrap_servers,
+            auto_offset_reset="earliest",
+            enable_auto_commit=False,
+        )
+        try:
+            partitions = consumer.partitions_for_topic(topic) or set()
+            consumer.assign([TopicPartition(topic, partition) for partition in partitions])
+            yield consumer
+        finally:
+            consumer.close()
 
     def create_topics(self, topics: Mapping[str, tuple[int, int]]) -> None:
         """Make topics from their name, partitions and largest record in bytes."""
@@ -493,6 +557,10 @@ class App(Process):
         self._ready = "READY=1" in self._read_notifications() or self._ready
         return self._ready
 
+    def close(self) -> None:
+        """Give back the socket. It cannot be started again."""
+        self._notifications.close()
+
     def _read_notifications(self) -> list[str]:
         lines: list[str] = []
         with contextlib.suppress(BlockingIOError):
@@ -550,6 +618,7 @@ class Pipeline:
                 app.stop()
             finally:
                 app.kill()
+                app.close()
         self._apps.clear()
 
     @property
@@ -603,6 +672,15 @@ class Pipeline:
         app = App(name, self.folder, [command, *flags], {**environment, **names_itself})
         self._apps.append(app)
         return app
+
+    def documents(self) -> dict[str, dict[str, Any]]:
+        """The database's documents by id."""
+        answer = self.database.request("GET", f"/{self.database_name}/_all_docs?include_docs=true")
+        return {row["id"]: row["doc"] for row in answer.body["rows"]}
+
+    def complete(self) -> int:
+        """How many documents hold an image and its prediction."""
+        return sum(STORED_AT in document for document in self.documents().values())
 
     def run(self, command: str, *flags: str) -> subprocess.CompletedProcess[str]:
         """Run a command that ends by itself, such as the audit, and return what it printed."""

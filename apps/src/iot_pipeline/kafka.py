@@ -24,6 +24,7 @@ from kafka.errors import (
     KafkaTimeoutError,
     MessageSizeTooLargeError,
     RecordListTooLargeError,
+    RetriableError,
     UnknownTopicOrPartitionError,
 )
 
@@ -223,18 +224,34 @@ class Sender:
     """
 
     def __init__(self, settings: Settings, delivery_timeout_ms: int = DELIVERY_TIMEOUT_MS) -> None:
+        self._settings = settings
         self._max_record_bytes = settings.max_record_bytes
         self._delivery_timeout_ms = delivery_timeout_ms
-        self._producer = KafkaProducer(
-            **_options(settings),
+        self._producer = self._make_client()
+        self._spoiled = False
+        self._pending: list[tuple[str, bytes | None, Any]] = []
+
+    def _make_client(self) -> Any:
+        return KafkaProducer(
+            **_options(self._settings),
             acks="all",
             enable_idempotence=True,
-            delivery_timeout_ms=delivery_timeout_ms,
+            delivery_timeout_ms=self._delivery_timeout_ms,
             max_block_ms=REQUEST_TIMEOUT_MS,
-            max_request_size=settings.max_record_bytes + REQUEST_OVERHEAD_BYTES,
+            max_request_size=self._max_record_bytes + REQUEST_OVERHEAD_BYTES,
             linger_ms=0,
         )
-        self._pending: list[tuple[str, bytes | None, Any]] = []
+
+    def _renew(self) -> None:
+        """Replace the client if the broker has refused a record for good.
+
+        The refused record leaves a gap in the sequence that makes a client idempotent, so
+        kafka-python's then answers every record with the same refusal.
+        """
+        if self._spoiled:
+            self._producer.close(timeout=0)
+            self._producer = self._make_client()
+            self._spoiled = False
 
     def send(
         self,
@@ -267,6 +284,7 @@ class Sender:
                 f"a record of {size} bytes exceeds IOT_MAX_RECORD_BYTES={self._max_record_bytes}"
             )
         try:
+            self._renew()
             future = self._producer.send(topic, key=key, value=value, headers=list(headers))
         except KafkaTimeoutError as error:
             self._pending.clear()
@@ -295,6 +313,7 @@ class Sender:
             try:
                 self._wait(future, deadline, alive)
             except KafkaError as error:
+                self._spoiled |= not isinstance(error, RetriableError)
                 failures.append(_explain(error, topic))
         # What a retry cannot mend must be heard of before what it can.
         for kind in (ConfigError, RecordTooLarge, SinkUnavailable):

@@ -1,0 +1,99 @@
+"""A real broker and a real database process for all tests, and topics of its own for each.
+
+The apps are the installed ones of .lab/venv/apps, as `make demo` runs them.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import itertools
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from iot_lab.artifacts import ROOT
+from iot_lab.processes import APPS, Broker, Database, Pipeline, wait_for
+
+SOURCES = ROOT / "apps" / "src" / "iot_pipeline"
+_prefixes = (f"t{number}-" for number in itertools.count(1))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def apps() -> None:
+    """The apps are installed, and are what the sources say."""
+    setup = "run lab/bin/lab setup demo"
+    if not (APPS / "iot-pipeline").exists():
+        pytest.fail(f"{APPS / 'iot-pipeline'} is missing: {setup}")
+    found = subprocess.run(
+        [APPS / "python", "-c", "import iot_pipeline; print(iot_pipeline.__path__[0])"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd="/",
+    )
+    installed = Path(found.stdout.strip())
+    names = [path.name for path in SOURCES.glob("*.py")]
+    _same, different, missing = filecmp.cmpfiles(SOURCES, installed, names, shallow=False)
+    if different or missing:
+        pytest.fail(f"{installed} is not built from {SOURCES} as it is now: {setup}")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pipeline")
+
+
+@pytest.fixture(scope="session")
+def broker(folder: Path) -> Iterator[Broker]:
+    with Broker(folder) as broker:
+        yield broker
+
+
+@pytest.fixture(scope="session")
+def database(folder: Path) -> Iterator[Database]:
+    with Database(folder) as database:
+        yield database
+
+
+@pytest.fixture(scope="session")
+def make_pipeline(folder: Path, broker: Broker, database: Database) -> Callable[[], Pipeline]:
+    def make() -> Pipeline:
+        prefix = next(_prefixes)
+        return Pipeline(folder / prefix.rstrip("-"), broker, database, prefix)
+
+    return make
+
+
+@pytest.fixture
+def pipeline(make_pipeline: Callable[[], Pipeline]) -> Iterator[Pipeline]:
+    with make_pipeline() as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(scope="session")
+def running(make_pipeline: Callable[[], Pipeline]) -> Iterator[Pipeline]:
+    """A pipeline whose inference and storage run, for tests that leave it as it was."""
+    with make_pipeline() as pipeline:
+        workers = [pipeline.store().start(), pipeline.infer().start()]
+        for worker in workers:
+            worker.wait_ready()
+        yield pipeline
+        for worker in workers:
+            assert worker.running, worker.error("ended during the tests")
+
+
+@pytest.fixture(scope="session")
+def assert_clean() -> Callable[[Pipeline, int], None]:
+    """Wait until the audit has nothing to wait for, then hold it to the number of images."""
+
+    def check(pipeline: Pipeline, images: int) -> None:
+        wait_for(lambda: pipeline.complete() >= images, f"{images} complete documents", 90)
+        status, audit = pipeline.audit("--grace", "0")
+        counts = {name: audit[name] for name in ("produced", "stored", "predicted")}
+        assert counts == dict.fromkeys(counts, images), audit
+        assert (audit["missing"], audit["duplicated"], audit["dead_lettered"]) == (0, 0, 0), audit
+        assert status == 0, audit
+
+    return check

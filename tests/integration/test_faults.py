@@ -1,0 +1,55 @@
+"""What dies comes back, and nothing is lost nor stored twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from iot_lab.processes import Pipeline, Process, wait_for
+
+
+def count_produced(pipeline: Pipeline) -> int:
+    return sum(pipeline.broker.ends(pipeline.image_topic).values())
+
+
+@pytest.mark.timeout(400)
+def test_each_part_killed_while_500_images_flow(
+    pipeline: Pipeline, assert_clean: Callable[[Pipeline, int], None]
+) -> None:
+    infer, store = pipeline.infer().start(), pipeline.store().start()
+    for worker in (infer, store):
+        worker.wait_ready()
+    producer = pipeline.produce("--count", "500", "--interval", "0.1").start().wait_ready()
+    victims: list[Process] = [infer, store, pipeline.database, pipeline.broker]
+    for number, victim in enumerate(victims, start=1):
+        wait_for(lambda n=number: count_produced(pipeline) >= 60 * n, f"{60 * number} images", 60)  # type: ignore[misc]
+        assert producer.running, f"no images flow any more, so {victim.name} dies for nothing"
+        before = victim.pid
+        victim.kill()
+        assert not victim.running
+        victim.start().wait_ready()
+        assert victim.pid != before
+    assert producer.wait(180) == 0, producer.output()
+    assert_clean(pipeline, 500)
+    for worker in (infer, store):
+        assert worker.running, worker.error("ended")
+
+
+@pytest.mark.timeout(240)
+def test_two_inference_workers_share_the_work_and_one_may_leave(
+    pipeline: Pipeline, assert_clean: Callable[[Pipeline, int], None]
+) -> None:
+    pipeline.store().start()
+    first = pipeline.infer().start().wait_ready()
+    producer = pipeline.produce("--interval", "0.05").start().wait_ready()
+    wait_for(lambda: "classified" in first.output(), "the first worker to work", 60)
+    second = pipeline.infer().start().wait_ready()
+    wait_for(lambda: "classified" in second.output(), "the second worker to work", 60)
+    seen = first.output().count("classified")
+    wait_for(lambda: first.output().count("classified") > seen, "the first to go on", 60)
+    assert first.stop() == 0
+    images = count_produced(pipeline)
+    wait_for(lambda: count_produced(pipeline) > images + 20, "images after it left", 60)
+    assert producer.stop() == 0
+    assert_clean(pipeline, count_produced(pipeline))

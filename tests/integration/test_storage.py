@@ -1,0 +1,125 @@
+"""Storage between a real broker and a real database."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from iot_lab.processes import Pipeline, wait_for
+from iot_pipeline.schema import ImageMessage, PredictionMessage, now, uuid7
+
+
+def make_messages() -> tuple[ImageMessage, PredictionMessage]:
+    identifier = uuid7()
+    image = ImageMessage(
+        id=identifier,
+        ground_truth="cat",
+        data=b"bytes of an image",
+        content_type="image/png",
+        produced_at=now(),
+        source="test",
+    )
+    prediction = PredictionMessage(
+        id=identifier, inferred_value="dog", confidence=0.5, model="m@0123", inferred_at=now()
+    )
+    return image, prediction
+
+
+def done_with(pipeline: Pipeline) -> bool:
+    """Whether storage has committed everything in both topics."""
+    committed = pipeline.broker.committed(f"{pipeline.prefix}iot-storage")
+    ends = pipeline.broker.ends(pipeline.image_topic)
+    ends |= pipeline.broker.ends(pipeline.prediction_topic)
+    return all(committed.get(partition, 0) == end for partition, end in ends.items())
+
+
+@pytest.mark.parametrize("order", ["prediction first", "image first"])
+def test_image_and_prediction_merge_in_any_order(pipeline: Pipeline, order: str) -> None:
+    image, prediction = make_messages()
+    records = [
+        (pipeline.image_topic, image.encode(), set(image.fields()) - {"ID"}),
+        (pipeline.prediction_topic, prediction.encode(), set(prediction.fields()) - {"ID"}),
+    ]
+    if order == "prediction first":
+        records.reverse()
+    pipeline.store().start().wait_ready()
+    expected: set[str] = set()
+    for topic, value, fields in records:
+        expected |= fields
+        pipeline.broker.send(topic, value, image.key)
+
+        def arrived(expected: set[str] = expected) -> bool:
+            return expected <= pipeline.documents().get(image.id, {}).keys()
+
+        wait_for(arrived, f"the document with {expected}", 30)
+    document = pipeline.documents()[image.id]
+    assert image.fields().items() <= (document | {"ID": image.id}).items()
+    assert prediction.fields().items() <= (document | {"ID": image.id}).items()
+    assert "StoredAt" in document
+
+
+def test_sigterm_commits_what_is_stored(pipeline: Pipeline) -> None:
+    store = pipeline.store().start().wait_ready()
+    assert pipeline.produce("--count", "60", "--interval", "0.01").start().wait(60) == 0
+    wait_for(lambda: len(pipeline.documents()) >= 30, "half of the documents", 30)
+    assert store.stop() == 0
+    stored = len(pipeline.documents())
+    committed = pipeline.broker.committed(f"{pipeline.prefix}iot-storage")
+    assert sum(committed.values()) == stored
+    store.start().wait_ready()
+    wait_for(lambda: done_with(pipeline), "the rest", 30)
+    assert len(pipeline.documents()) == 60
+    revisions = [document["_rev"].split("-")[0] for document in pipeline.documents().values()]
+    assert set(revisions) == {"1"}, "an image was written twice"
+
+
+def test_a_database_outage_pauses_storage_and_loses_nothing(pipeline: Pipeline) -> None:
+    group = f"{pipeline.prefix}iot-storage"
+    store = pipeline.store().start().wait_ready()
+    assert pipeline.produce("--count", "10", "--interval", "0.01").start().wait(60) == 0
+    wait_for(lambda: done_with(pipeline), "the first images", 30)
+    members, committed = pipeline.broker.members(group), pipeline.broker.committed(group)
+    assert len(members) == 1
+
+    pipeline.database.stop()
+    assert pipeline.produce("--count", "30", "--interval", "0.01").start().wait(60) == 0
+    wait_for(lambda: store.output().count("sink down") >= 3, "three attempts", 60)
+    assert pipeline.broker.committed(group) == committed
+    assert pipeline.broker.members(group) == members
+
+    pipeline.database.start().wait_ready()
+    wait_for(lambda: done_with(pipeline), "the others", 60)
+    assert len(pipeline.documents()) == 40
+    assert pipeline.broker.members(group) == members
+    assert "sink up" in store.output()
+
+
+@pytest.mark.parametrize("stop_while", ["down", "up"])
+def test_sigterm_during_an_outage_commits_nothing_that_is_not_stored(
+    pipeline: Pipeline, stop_while: str, assert_stored: Callable[[Pipeline, int], None]
+) -> None:
+    store = pipeline.store().start().wait_ready()
+    pipeline.database.stop()
+    try:
+        assert pipeline.produce("--count", "20", "--interval", "0.01").start().wait(60) == 0
+        wait_for(lambda: "sink down" in store.output(), "the outage to be noticed", 30)
+        if stop_while == "down":
+            assert store.stop() == 0
+            committed = pipeline.broker.committed(f"{pipeline.prefix}iot-storage")
+            assert sum(committed.values()) == 0
+    finally:
+        pipeline.database.start().wait_ready()
+    if stop_while == "up":
+        assert store.stop() == 0
+    store.start().wait_ready()
+    assert_stored(pipeline, 20)
+
+
+@pytest.fixture
+def assert_stored() -> Callable[[Pipeline, int], None]:
+    def check(pipeline: Pipeline, images: int) -> None:
+        wait_for(lambda: done_with(pipeline), "everything to be committed", 60)
+        assert len(pipeline.documents()) == images
+
+    return check
