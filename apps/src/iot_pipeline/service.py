@@ -121,9 +121,11 @@ class Notifier:
     """Tells systemd how the service fares (see sd_notify(3)); silent where nobody listens."""
 
     def __init__(self) -> None:
-        self._address = os.environ.get("NOTIFY_SOCKET", "").replace("@", "\0", 1)
+        address = os.environ.get("NOTIFY_SOCKET", "")
+        # An @ stands for the null byte that begins an abstract socket's name.
+        self._address = f"\0{address[1:]}" if address.startswith("@") else address
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        self._socket.setblocking(False)
+        self._socket.settimeout(1.0)
 
     def send(self, *lines: str) -> None:
         """Send assignments such as `READY=1`."""
@@ -132,8 +134,7 @@ class Notifier:
         try:
             self._socket.sendto("\n".join(lines).encode(), self._address)
         except OSError as error:
-            # A lost datagram is repeated with the next one, and nothing depends on it here.
-            logging.getLogger("iot_pipeline.service").debug("notify failed: %s", error)
+            logging.getLogger("iot_pipeline.service").warning("notify failed: %s", error)
 
     def close(self) -> None:
         """Give the socket back."""

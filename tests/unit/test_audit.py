@@ -1,0 +1,293 @@
+"""The audit's reckoning: what counts as produced, missing, pending, duplicated …"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from iot_pipeline.audit import Ledger, Report, _percentile, _table, parse_since
+from iot_pipeline.errors import ConfigError, InvalidMessage, Reason
+from iot_pipeline.schema import (
+    STORED_AT,
+    DeadLetter,
+    Document,
+    ImageMessage,
+    PredictionMessage,
+    document,
+    first_uuid7,
+    format_time,
+    merge,
+)
+from iot_pipeline.settings import AuditSettings
+
+NOW = datetime(2026, 6, 1, 12, 0, tzinfo=UTC)
+OLD = NOW - timedelta(hours=1)
+YOUNG = NOW - timedelta(seconds=5)
+
+
+@dataclass
+class KafkaRecord:
+    topic: str
+    partition: int
+    offset: int
+    value: bytes | None
+    key: bytes | None = None
+    timestamp: int = int(OLD.timestamp() * 1000)
+    headers: Sequence[tuple[str, bytes]] = field(default_factory=tuple)
+
+
+class Pipeline:
+    """Makes what the topics and the database hold."""
+
+    def __init__(self, since: datetime | None = None) -> None:
+        self.ledger = Ledger(since)
+        self.offset = 0
+
+    def image(self, moment: datetime = OLD, number: int = 0, truth: str = "cat") -> ImageMessage:
+        identifier = f"{first_uuid7(moment)[:-12]}{number:012x}"
+        return ImageMessage(
+            id=identifier,
+            ground_truth=truth,
+            data=b"image",
+            content_type="image/png",
+            produced_at=moment,
+            source="here",
+        )
+
+    def prediction(self, image: ImageMessage, value: str = "cat") -> PredictionMessage:
+        return PredictionMessage(
+            id=image.id,
+            inferred_value=value,
+            confidence=0.9,
+            model="m",
+            inferred_at=image.produced_at,
+        )
+
+    def sent(self, message: ImageMessage | PredictionMessage) -> KafkaRecord:
+        image = isinstance(message, ImageMessage)
+        self.offset += 1
+        record = KafkaRecord(
+            "iot-topic" if image else "iot-predictions", 0, self.offset, message.encode()
+        )
+        (self.ledger.saw_image if image else self.ledger.saw_prediction)(record)
+        return record
+
+    def stored(self, *messages: ImageMessage | PredictionMessage, seconds: float = 0.5) -> Document:
+        state = document(messages[0])
+        for message in messages[1:]:
+            state = merge(state, document(message))
+        if len(messages) == 2:
+            assert isinstance(messages[0], ImageMessage)
+            state[STORED_AT] = format_time(messages[0].produced_at + timedelta(seconds=seconds))
+        self.ledger.saw_document(state)
+        return state
+
+    def buried(self, record: KafkaRecord, stage: str = "iot-inference") -> None:
+        letter = DeadLetter.of(record, InvalidMessage(Reason.TRUNCATED_IMAGE, "cut"), stage)
+        self.offset += 1
+        self.ledger.saw_dead_letter(
+            KafkaRecord("iot-dead-letter", 0, self.offset, record.value, headers=letter.headers())
+        )
+
+    def report(self) -> Report:
+        return self.ledger.report(60, NOW)
+
+
+def test_nothing_at_all_is_clean() -> None:
+    report = Pipeline().report()
+    assert report.is_clean()
+    assert (report.produced, report.accuracy, report.latency_p95) == (0, None, None)
+
+
+def test_a_whole_image_counts_everywhere() -> None:
+    pipeline = Pipeline()
+    image = pipeline.image()
+    pipeline.sent(image)
+    pipeline.sent(pipeline.prediction(image))
+    pipeline.stored(image, pipeline.prediction(image), seconds=0.25)
+    report = pipeline.report()
+    assert (report.produced, report.stored, report.predicted) == (1, 1, 1)
+    assert (report.missing, report.pending, report.redelivered) == (0, 0, 0)
+    assert (report.accuracy, report.latency_p50) == (1.0, 0.25)
+
+
+@pytest.mark.parametrize(
+    "stored,predicted,lacks",
+    [
+        ("", False, "image not stored, not predicted"),
+        ("", True, "image not stored, prediction not stored"),
+        ("image", False, "not predicted"),
+        ("image", True, "prediction not stored"),
+        ("prediction", True, "image not stored"),
+    ],
+)
+def test_what_is_lost_is_missing_with_what_it_lacks(
+    stored: str, predicted: bool, lacks: str
+) -> None:
+    pipeline = Pipeline()
+    image = pipeline.image()
+    pipeline.sent(image)
+    if predicted:
+        pipeline.sent(pipeline.prediction(image))
+    if stored:
+        pipeline.stored(image if stored == "image" else pipeline.prediction(image))
+    report = pipeline.report()
+    assert report.missing == 1
+    assert report.missing_examples == {image.id: lacks}
+    assert not report.is_clean()
+
+
+def test_what_is_young_is_pending() -> None:
+    pipeline = Pipeline()
+    pipeline.sent(pipeline.image(YOUNG))
+    report = pipeline.report()
+    assert (report.pending, report.missing) == (1, 0)
+    assert report.is_clean()
+
+
+def test_a_prediction_whose_image_is_nowhere_is_missing_its_image() -> None:
+    pipeline = Pipeline()
+    pipeline.sent(pipeline.prediction(pipeline.image()))
+    report = pipeline.report()
+    assert (report.produced, report.predicted, report.missing) == (1, 1, 1)
+
+
+def test_an_image_in_a_dead_letter_is_not_missing() -> None:
+    pipeline = Pipeline()
+    image = pipeline.image()
+    record = KafkaRecord("iot-topic", 0, 7, image.encode())
+    pipeline.buried(record)
+    pipeline.ledger.saw_image(record)
+    pipeline.stored(image)
+    report = pipeline.report()
+    assert (report.produced, report.stored, report.predicted) == (1, 1, 0)
+    assert (report.missing, report.dead_lettered) == (0, 1)
+    assert report.dead_letter_reasons == {"truncated-image": 1}
+
+
+def test_a_record_that_two_stages_refuse_is_one_dead_letter() -> None:
+    pipeline = Pipeline()
+    record = KafkaRecord("iot-topic", 0, 7, b"junk")
+    pipeline.buried(record, "iot-inference")
+    pipeline.buried(record, "iot-storage")
+    pipeline.ledger.saw_image(record)
+    report = pipeline.report()
+    assert (report.produced, report.dead_lettered, report.missing) == (0, 1, 0)
+
+
+def test_an_invalid_record_in_no_dead_letter_is_missing() -> None:
+    pipeline = Pipeline()
+    pipeline.ledger.saw_image(KafkaRecord("iot-topic", 3, 7, b"junk"))
+    report = pipeline.report()
+    assert report.missing_examples == {"iot-topic-3@7": "invalid, and in no dead letter"}
+
+
+def test_an_invalid_record_that_is_young_is_pending() -> None:
+    pipeline = Pipeline()
+    moment = int(YOUNG.timestamp() * 1000)
+    pipeline.ledger.saw_image(KafkaRecord("iot-topic", 3, 7, b"junk", timestamp=moment))
+    assert (pipeline.report().pending, pipeline.report().missing) == (1, 0)
+
+
+def test_records_that_came_twice_are_redelivered_not_duplicated() -> None:
+    pipeline = Pipeline()
+    image = pipeline.image()
+    for _ in range(2):
+        pipeline.sent(image)
+    for _ in range(3):
+        pipeline.sent(pipeline.prediction(image))
+    pipeline.stored(image, pipeline.prediction(image))
+    report = pipeline.report()
+    assert (report.produced, report.redelivered, report.duplicated) == (1, 3, 0)
+    assert report.is_clean()
+
+
+def test_a_second_document_of_an_image_is_a_duplicate() -> None:
+    pipeline = Pipeline()
+    image = pipeline.image()
+    state = pipeline.stored(image, pipeline.prediction(image))
+    pipeline.ledger.saw_document(state | {"_id": "copy"})
+    report = pipeline.report()
+    assert (report.produced, report.stored, report.duplicated) == (1, 1, 1)
+    assert not report.is_clean()
+
+
+def test_what_kafka_no_longer_holds_counts_from_the_database() -> None:
+    pipeline = Pipeline()
+    image = pipeline.image()
+    pipeline.stored(image, pipeline.prediction(image))
+    report = pipeline.report()
+    assert (report.produced, report.stored, report.predicted) == (1, 1, 1)
+    assert report.is_clean()
+
+
+def test_foreign_documents_are_passed_over() -> None:
+    pipeline = Pipeline()
+    pipeline.ledger.saw_document({"_id": "note", "text": "hello"})
+    pipeline.ledger.saw_document({"_id": "note", "ID": 7})
+    assert pipeline.report().produced == 0
+
+
+def test_accuracy_is_the_share_that_is_right() -> None:
+    pipeline = Pipeline()
+    for number, value in enumerate(["cat", "cat", "dog", "cat"]):
+        image = pipeline.image(number=number)
+        pipeline.stored(image, pipeline.prediction(image, value))
+    pipeline.stored(pipeline.image(number=9))
+    assert pipeline.report().accuracy == 0.75
+
+
+def test_since_leaves_out_what_is_older() -> None:
+    pipeline = Pipeline(since=NOW - timedelta(minutes=1))
+    pipeline.sent(pipeline.image(OLD))
+    pipeline.ledger.saw_image(KafkaRecord("iot-topic", 0, 99, b"junk"))
+    pipeline.stored(pipeline.image(OLD, 1))
+    pipeline.sent(pipeline.image(YOUNG, 2))
+    assert pipeline.report().produced == 1
+    assert pipeline.report().missing == 0
+
+
+@pytest.mark.parametrize(
+    "text,expected",
+    [
+        ("90s", NOW - timedelta(seconds=90)),
+        ("1.5h", NOW - timedelta(minutes=90)),
+        ("7d", NOW - timedelta(days=7)),
+        ("2026-01-31T12:00:00Z", datetime(2026, 1, 31, 12, tzinfo=UTC)),
+        ("", None),
+    ],
+)
+def test_since_is_an_age_or_a_time(text: str, expected: datetime | None) -> None:
+    assert parse_since(text, NOW) == expected
+
+
+def test_a_wrong_since_says_what_is_right() -> None:
+    with pytest.raises(ConfigError, match="90s, 15m, 2h or 7d"):
+        parse_since("yesterday", NOW)
+
+
+def test_percentiles_are_values_that_were_measured() -> None:
+    assert _percentile([float(n) for n in range(1, 101)], 95) == 95
+    assert _percentile([1.0, 2.0, 3.0], 50) == 2
+    assert _percentile([7.0], 95) == 7
+
+
+def test_the_report_as_json_is_one_line_with_the_promised_keys() -> None:
+    text = Pipeline().report().to_json()
+    assert "\n" not in text
+    promised = "produced stored predicted missing duplicated dead_lettered accuracy pending"
+    assert set(promised.split()) <= json.loads(text).keys()
+
+
+def test_the_table_names_what_is_missing_but_not_thousands() -> None:
+    pipeline = Pipeline()
+    for number in range(12):
+        pipeline.sent(pipeline.image(number=number))
+    text = _table(pipeline.report(), AuditSettings(), NOW)
+    assert "12 missing:" in text
+    assert "and 2 more" in text
+    assert pipeline.image(number=0).id in text

@@ -1,0 +1,187 @@
+"""Settings: flag over environment over file over default, and errors that say what to set."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from iot_pipeline import cli, settings
+from iot_pipeline.errors import ConfigError, Exit
+from iot_pipeline.settings import (
+    COMMANDS,
+    AuditSettings,
+    InferSettings,
+    ProduceSettings,
+    Settings,
+    StoreSettings,
+    describe,
+    environment_name,
+    load,
+    parse_env_file,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_settings_of_this_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(settings, "SETTINGS_DIRECTORY", tmp_path)
+    return tmp_path
+
+
+def test_defaults() -> None:
+    loaded = load(InferSettings, environment={})
+    assert loaded.bootstrap_servers == "localhost:9092"
+    assert loaded.max_batch_size == 32
+    assert loaded.group_id == "iot-inference"
+    assert loaded.group_instance_id == socket.gethostname()
+    assert load(StoreSettings, environment={}).max_batch_size == 500
+    assert load(ProduceSettings, environment={}).interval == 10
+
+
+def test_a_flag_wins_over_the_environment_over_the_file_over_the_default(tmp_path: Path) -> None:
+    file = tmp_path / "mine.env"
+    file.write_text('IOT_GROUP_ID="file"\nIOT_IMAGE_TOPIC=file\nIOT_MODEL=file\nUNKNOWN=1\n')
+    environment = {"IOT_ENV_FILE": str(file), "IOT_GROUP_ID": "env", "IOT_IMAGE_TOPIC": "env"}
+    loaded = load(InferSettings, {"group_id": "flag", "image_topic": None}, environment)
+    assert (loaded.group_id, loaded.image_topic, loaded.model) == ("flag", "env", "file")
+    assert loaded.prediction_topic == "iot-predictions"
+
+
+def test_the_service_s_own_file_is_found(tmp_path: Path) -> None:
+    (tmp_path / "iot-storage.env").write_text("IOT_COUCHDB_DATABASE=other\n")
+    assert load(StoreSettings, environment={}).couchdb_database == "other"
+    assert load(InferSettings, environment={}).model == "shipped"
+
+
+def test_the_audit_uses_the_store_s_file_unless_it_has_its_own(tmp_path: Path) -> None:
+    (tmp_path / "iot-storage.env").write_text("IOT_COUCHDB_DATABASE=store\n")
+    assert load(AuditSettings, environment={}).couchdb_database == "store"
+    (tmp_path / "iot-audit.env").write_text("IOT_COUCHDB_DATABASE=audit\n")
+    assert load(AuditSettings, environment={}).couchdb_database == "audit"
+
+
+def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="IOT_ENV_FILE"):
+        load(StoreSettings, {"env_file": str(tmp_path / "none.env")}, {})
+
+
+def test_a_file_of_the_service_that_cannot_be_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path, encoding: str) -> str:
+        raise PermissionError(13, f"{path} {encoding}")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert load(StoreSettings, environment={}).couchdb_database == "img_db"
+    assert "sudo" in capsys.readouterr().err
+    load(StoreSettings, environment={"INVOCATION_ID": "by systemd"})
+    assert capsys.readouterr().err == ""
+    assert tmp_path.is_dir()
+
+
+@pytest.mark.parametrize(
+    "text,value",
+    [
+        ("A=b", "b"),
+        ("A=b c", "b c"),
+        ("  A = b  ", "b"),
+        ('A="b c"', "b c"),
+        ("A='b \"c'", 'b "c'),
+        (r'A="b \"c\" \\ \$d \`e\` \n"', r'b "c" \ $d `e` \n'),
+        ("A=", ""),
+        ('A=""', ""),
+        ("# no\n; no\n\nA=b#c", "b#c"),
+    ],
+)
+def test_env_files_are_read_as_systemd_reads_them(text: str, value: str) -> None:
+    assert parse_env_file(text) == {"A": value}
+
+
+@pytest.mark.parametrize("text", ["A", "A B=c", 'A="b', "=b"])
+def test_a_line_that_is_no_setting_is_named(text: str) -> None:
+    with pytest.raises(ValueError, match="line 2"):
+        parse_env_file(f"# first\n{text}")
+
+
+@pytest.mark.parametrize(
+    "name,value,words",
+    [
+        ("IOT_MAX_BATCH_SIZE", "0", "whole number of records, at least 1"),
+        ("IOT_MAX_BATCH_SIZE", "many", "not 'many'"),
+        ("IOT_MAX_BATCH_SIZE", "1.5", "whole number"),
+        ("IOT_MAX_DEAD_LETTER_SHARE", "1.1", "at most 1"),
+        ("IOT_MAX_DEAD_LETTER_SHARE", "nan", "at least 0"),
+        ("IOT_MAX_RECORD_BYTES", "inf", "whole number of bytes"),
+        ("IOT_METRICS_PORT", "70000", "at most 65535"),
+        ("IOT_LOG_LEVEL", "loud", "debug, info, warning, error"),
+        ("IOT_GROUP_ID", " ", "must not be empty: consumer group"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_needed(name: str, value: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        load(InferSettings, environment={name: value})
+    assert name in str(caught.value)
+    assert caught.value.exit_status == 78
+
+
+def test_the_origin_of_a_wrong_value_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--max-batch-size must"):
+        load(InferSettings, {"max_batch_size": "x"}, {})
+    (tmp_path / "iot-inference.env").write_text("IOT_MAX_BATCH_SIZE=x\n")
+    with pytest.raises(ConfigError, match=r"IOT_MAX_BATCH_SIZE in .*iot-inference\.env must"):
+        load(InferSettings, environment={})
+
+
+@pytest.mark.parametrize("text,value", [("true", True), ("1", True), ("No", False), ("0", False)])
+def test_booleans(text: str, value: bool) -> None:
+    assert load(ProduceSettings, environment={"IOT_SHUFFLE": text}).shuffle is value
+
+
+def test_a_wrong_boolean() -> None:
+    with pytest.raises(ConfigError, match="true or false"):
+        load(ProduceSettings, environment={"IOT_SHUFFLE": "maybe"})
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_help_shows_every_setting_with_its_variable(
+    command: settings.Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command.name, "--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for declared in fields(command.settings):
+        assert settings.flag_name(declared.name) in text
+        assert environment_name(declared.name) in text
+
+
+def test_flags_reach_the_settings() -> None:
+    flags = vars(
+        cli.build_parser().parse_args(
+            ["produce", "--interval", "0.5", "--shuffle", "--source", "/images"]
+        )
+    )
+    loaded = load(ProduceSettings, flags, {})
+    assert (loaded.interval, loaded.shuffle, loaded.source) == (0.5, True, "/images")
+
+
+def test_no_setting_holds_a_secret() -> None:
+    for command in COMMANDS:
+        names = set(describe(load(command.settings, environment={})))
+        assert not {name for name in names if "password" in name} - {"couchdb_password_file"}
+
+
+def test_a_wrong_setting_ends_the_command_with_its_own_status(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["infer", "--max-batch-size", "0"]) == Exit.CONFIG
+    assert "--max-batch-size must be" in capsys.readouterr().err
+
+
+def test_common_settings_mean_the_same_everywhere() -> None:
+    for command in COMMANDS:
+        assert issubclass(command.settings, Settings)
+        assert command.settings.SERVICE
+        assert command.settings.DESCRIPTION

@@ -1,0 +1,594 @@
+"""The loop: nothing is committed before its sink has confirmed, whatever goes wrong and when."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from kafka.errors import (
+    CommitFailedError,
+    FencedInstanceIdError,
+    KafkaTimeoutError,
+    NodeNotReadyError,
+)
+from kafka.structs import MemberState, OffsetAndMetadata, TopicPartition
+
+from iot_pipeline import metrics, worker
+from iot_pipeline.errors import (
+    ConfigError,
+    InvalidMessage,
+    Reason,
+    RecordTooLarge,
+    SinkUnavailable,
+    TooManyDeadLetters,
+)
+from iot_pipeline.schema import DeadLetter, Record
+from iot_pipeline.service import Service
+from iot_pipeline.settings import InferSettings
+from iot_pipeline.worker import DeadLetterLimit, Membership, Worker
+
+ONE = TopicPartition("iot-topic", 0)
+TWO = TopicPartition("iot-topic", 1)
+
+
+@dataclass
+class KafkaRecord:
+    topic: str
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None
+    timestamp: int = 1_700_000_000_000
+
+
+class Log:
+    """What happened, in order, across all parts."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, Any]] = []
+
+    def add(self, name: str, value: Any = None) -> None:
+        self.events.append((name, value))
+
+    def named(self, name: str) -> list[Any]:
+        return [value for event, value in self.events if event == name]
+
+    def names(self) -> list[str]:
+        return [event for event, _ in self.events]
+
+
+class FakeConsumer:
+    """A consumer over partitions held in memory, with the client's rules for pause and seek."""
+
+    def __init__(self, log: Log, membership: Membership, service: Service) -> None:
+        self.log = log
+        self.membership = membership
+        self.service = service
+        self.partitions: dict[TopicPartition, list[bytes]] = defaultdict(list)
+        self.positions: dict[TopicPartition, int] = {}
+        self.paused: set[TopicPartition] = set()
+        self.committed: dict[TopicPartition, int] = {}
+        self.commit_errors: list[Exception] = []
+        self.poll_errors: list[Exception] = []
+        self.idle_polls = 0
+        self.on_poll: list[Callable[[], None]] = []
+        self.state = MemberState.STABLE
+
+    def add(self, partition: TopicPartition, *values: bytes) -> None:
+        self.partitions[partition].extend(values)
+        self.positions.setdefault(partition, 0)
+
+    def assign(self, *partitions: TopicPartition) -> None:
+        for partition in partitions:
+            self.positions[partition] = self.committed.get(partition, 0)
+        self.membership.on_partitions_assigned(list(partitions))
+
+    def revoke(self, *partitions: TopicPartition) -> None:
+        for partition in partitions:
+            del self.positions[partition]
+            self.paused.discard(partition)
+        self.membership.on_partitions_revoked(set(partitions))
+
+    def poll(self, timeout_ms: int, max_records: int) -> dict[TopicPartition, list[Any]]:
+        assert timeout_ms >= 0
+        self.log.add("poll", set(self.paused))
+        if self.on_poll:
+            self.on_poll.pop(0)()
+        if self.poll_errors:
+            raise self.poll_errors.pop(0)
+        polled: dict[TopicPartition, list[Any]] = {}
+        for partition, start in list(self.positions.items()):
+            if partition in self.paused:
+                continue
+            values = self.partitions[partition][start : start + max_records]
+            if values:
+                polled[partition] = [
+                    KafkaRecord(partition.topic, partition.partition, start + place, b"key", value)
+                    for place, value in enumerate(values)
+                ]
+                self.positions[partition] = start + len(values)
+        if not polled and not self.paused:
+            self.idle_polls += 1
+            if self.idle_polls > 2:
+                self.service.stop()
+        return polled
+
+    def commit(self, offsets: dict[TopicPartition, OffsetAndMetadata], timeout_ms: int) -> None:
+        assert timeout_ms > 0
+        if self.commit_errors:
+            raise self.commit_errors.pop(0)
+        plain = {partition: offset.offset for partition, offset in offsets.items()}
+        self.log.add("commit", plain)
+        self.committed |= plain
+
+    def assignment(self) -> set[TopicPartition]:
+        return set(self.positions)
+
+    def group_metadata(self) -> Any:
+        return SimpleNamespace(state=self.state)
+
+    def highwater(self, partition: TopicPartition) -> int | None:
+        return len(self.partitions[partition])
+
+    def pause(self, *partitions: TopicPartition) -> None:
+        assert set(partitions) <= self.assignment()
+        self.paused |= set(partitions)
+
+    def resume(self, *partitions: TopicPartition) -> None:
+        self.paused -= set(partitions)
+
+    def seek(self, partition: TopicPartition, offset: int) -> None:
+        assert partition in self.positions
+        self.positions[partition] = offset
+
+    def close(self, autocommit: bool, timeout_ms: int) -> None:
+        assert not autocommit
+        assert timeout_ms > 0
+        self.log.add("close")
+
+
+class FakeSender:
+    """Takes dead letters; refuses as told."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.errors: list[Exception] = []
+        self.too_large: int | None = None
+        self._pending: list[Any] = []
+
+    def send(
+        self,
+        topic: str,
+        key: bytes | None,
+        value: bytes | None,
+        headers: Sequence[tuple[str, bytes]] = (),
+        *,
+        limited: bool = True,
+    ) -> None:
+        assert topic == "iot-dead-letter"
+        assert not limited
+        self._pending.append((key, value, DeadLetter.from_headers(headers)))
+
+    def confirm(self, alive: Callable[[], None]) -> None:
+        alive()
+        pending, self._pending = self._pending, []
+        if self.errors:
+            raise self.errors.pop(0)
+        for letter in pending:
+            if self.too_large is not None and len(letter[1]) > self.too_large:
+                raise RecordTooLarge("too large for the topic")
+            self.log.add("buried", letter)
+
+
+class FakeStage:
+    """Refuses what starts with `bad`; its sink fails as told."""
+
+    topics: Sequence[str] = ("iot-topic",)
+    sink = "memory"
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.errors: list[Exception] = []
+        self.on_handle: list[Callable[[], None]] = []
+
+    def decode(self, record: Record) -> bytes:
+        assert record.value is not None
+        if record.value.startswith(b"bad"):
+            raise InvalidMessage(Reason.INVALID_JSON, "not JSON")
+        return record.value
+
+    def handle(self, batch: Sequence[bytes]) -> Mapping[int, InvalidMessage]:
+        self.log.add("try", list(batch))
+        if self.on_handle:
+            self.on_handle.pop(0)()
+        if self.errors:
+            raise self.errors.pop(0)
+        self.log.add("written", [value for value in batch if value != b"refused by sink"])
+        return {
+            place: InvalidMessage(Reason.REFUSED_BY_DATABASE, "no")
+            for place, value in enumerate(batch)
+            if value == b"refused by sink"
+        }
+
+
+@dataclass
+class Rig:
+    log: Log
+    service: Service
+    membership: Membership
+    consumer: FakeConsumer
+    sender: FakeSender
+    stage: FakeStage
+    settings: InferSettings
+
+    def run(self) -> None:
+        Worker(
+            self.stage,
+            self.settings,
+            self.service,
+            self.consumer,
+            self.sender,  # type: ignore[arg-type] # only what the loop uses of it
+            self.membership,
+        ).run()
+
+
+@pytest.fixture
+def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    monkeypatch.setattr(random, "uniform", lambda _low, _high: 0.01)  # back-off, in no time
+    settings = InferSettings(group_instance_id="test")
+    log = Log()
+    service = Service(settings)
+    membership = Membership()
+    consumer = FakeConsumer(log, membership, service)
+    yield Rig(log, service, membership, consumer, FakeSender(log), FakeStage(log), settings)
+    metrics.LAG.clear()
+    service._notifier.close()
+
+
+def test_a_batch_is_committed_after_it_is_written(rig: Rig) -> None:
+    rig.consumer.add(ONE, b"a", b"b")
+    rig.consumer.add(TWO, b"c")
+    rig.run()
+    assert rig.log.named("written") == [[b"a", b"b", b"c"]]
+    assert rig.consumer.committed == {ONE: 2, TWO: 1}
+    names = rig.log.names()
+    assert names.index("written") < names.index("commit") < names.index("close")
+
+
+def test_no_batch_is_larger_than_set(rig: Rig) -> None:
+    rig.settings = replace(rig.settings, max_batch_size=2)
+    rig.consumer.add(ONE, b"a", b"b", b"c", b"d", b"e")
+    rig.run()
+    assert rig.log.named("written") == [[b"a", b"b"], [b"c", b"d"], [b"e"]]
+    assert [commit[ONE] for commit in rig.log.named("commit")] == [2, 4, 5]
+
+
+def test_nothing_is_committed_while_the_sink_is_down(rig: Rig) -> None:
+    rig.consumer.add(ONE, b"a", b"b")
+    rig.stage.errors = [SinkUnavailable("down")] * 3
+    rig.run()
+    names = rig.log.names()
+    assert rig.log.named("try") == [[b"a", b"b"]] * 4  # the same batch each time
+    assert names.index("commit") > names.index("written")
+    assert rig.consumer.committed == {ONE: 2}
+
+
+def test_the_member_keeps_polling_paused_while_the_sink_is_down(rig: Rig) -> None:
+    rig.consumer.add(ONE, b"a")
+    rig.stage.errors = [SinkUnavailable("down")] * 2
+    rig.run()
+    between = rig.log.events[rig.log.names().index("try") : rig.log.names().index("written")]
+    polls = [paused for name, paused in between if name == "poll"]
+    assert polls
+    assert all(paused == {ONE} for paused in polls)
+    assert not rig.consumer.paused  # and goes on afterwards
+
+
+def test_a_partition_that_comes_during_an_outage_waits_and_loses_nothing(rig: Rig) -> None:
+    rig.consumer.add(ONE, b"a")
+    rig.consumer.partitions[TWO] = [b"b", b"c"]
+    rig.stage.errors = [SinkUnavailable("down")] * 2
+    rig.consumer.on_poll = [lambda: None, lambda: rig.consumer.assign(TWO)]
+    rig.run()
+    assert rig.log.named("written") == [[b"a"], [b"b", b"c"]]
+    assert rig.consumer.committed == {ONE: 1, TWO: 2}
+
+
+def test_a_revoked_partition_s_records_are_left_to_their_new_owner(rig: Rig) -> None:
+    rig.consumer.add(ONE, b"a")
+    rig.consumer.add(TWO, b"b")
+    rig.stage.errors = [SinkUnavailable("down")]
+    rig.consumer.on_poll = [lambda: None, lambda: rig.consumer.revoke(TWO)]
+    rig.run()
+    assert rig.log.named("written") == [[b"a"]]
+    assert rig.consumer.committed == {ONE: 1}
+
+
+def test_a_batch_whose_partitions_are_all_revoked_is_dropped(rig: Rig) -> None:
+    rig.consumer.add(ONE, b"a")
+    rig.stage.errors = [SinkUnavailable("down")] * 100
+    rig.consumer.on_poll = [lambda: None, lambda: rig.consumer.revoke(ONE)]
+    rig.run()
+    assert rig.log.named("written") == []
+    assert rig.consumer.committed == {}
+
+
+def test_an_offset_is_not_committed_for_a_partition_that_is_gone(rig: Rig) -> None:
+    rig.consumer.add(ONE, b"a")
+    rig.consumer.add(TWO, b"b")
+    rig.consumer.commit_errors = [CommitFailedError()]
+    rig.consumer.on_poll = [lambda: None, lambda: rig.consumer.revoke(TWO)]
+    rig.run()
+    assert rig.log.named("commit") == [{ONE: 1}]
+
+
+def test_sigterm_lets_the_batch_in_hand_finish_and_commits_it(rig: Rig) -> None:
+    rig.consumer.add(ONE, b"a")
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    rig.stage.on_handle = [lambda: os.kill(os.getpid(), signal.SIGTERM)]
+    try:
+        with rig.service:
+            rig.run()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert rig.log.named("written") == [[b"a"]]
+    assert rig.consumer.committed == {ONE: 1}
+    assert rig.log.names()[-1] == "close"
+
+
+def test_stopping_while_the_sink_is_down_commits_nothing(rig: Rig) -> None:
+    rig.consumer.add(ONE, b"a")
+    rig.stage.errors = [SinkUnavailable("down")] * 100
+    rig.stage.on_handle = [rig.service.stop]
+    rig.run()
+    assert len(rig.log.named("try")) == 1
+    assert rig.consumer.committed == {}
+    assert rig.log.names()[-1] == "close"
+
+
+def test_stopping_during_the_wait_for_the_sink_commits_only_what_was_done(rig: Rig) -> None:
+    rig.settings = replace(rig.settings, max_batch_size=1)
+    rig.consumer.add(ONE, b"a", b"b")
+
+    def fail_from_now_on() -> None:
+        rig.stage.errors = [SinkUnavailable("down")] * 100
+        rig.consumer.on_poll = [rig.service.stop]
+
+    rig.stage.on_handle = [lambda: None, fail_from_now_on]
+    rig.run()
+    assert rig.log.named("written") == [[b"a"]]
+    assert rig.consumer.committed == {ONE: 1}
+
+
+def test_a_commit_that_fails_is_tried_again(rig: Rig) -> None:
+    rig.consumer.add(ONE, b"a")
+    rig.consumer.commit_errors = [KafkaTimeoutError(), CommitFailedError()]
+    rig.run()
+    assert rig.log.named("written") == [[b"a"]]
+    assert rig.consumer.committed == {ONE: 1}
+
+
+def test_a_bad_record_is_buried_untouched_and_the_next_is_handled(rig: Rig) -> None:
+    rig.consumer.add(ONE, b"a", b"bad one", b"c")
+    rig.run()
+    assert rig.log.named("written") == [[b"a", b"c"]]
+    [(key, value, letter)] = rig.log.named("buried")
+    assert (key, value) == (b"key", b"bad one")
+    assert (letter.reason, letter.stage) == ("invalid-json", "iot-inference")
+    assert (letter.topic, letter.partition, letter.offset) == ("iot-topic", 0, 1)
+    assert rig.consumer.committed == {ONE: 3}
+
+
+def test_a_record_the_sink_refuses_is_buried_and_the_rest_stays_written(rig: Rig) -> None:
+    rig.consumer.add(ONE, b"a", b"refused by sink", b"c")
+    rig.run()
+    assert rig.log.named("written") == [[b"a", b"c"]]
+    [(_, value, letter)] = rig.log.named("buried")
+    assert value == b"refused by sink"
+    assert letter.reason == "refused-by-database"
+    assert letter.offset == 1
+    assert rig.consumer.committed == {ONE: 3}
+
+
+def test_a_dead_letter_is_committed_only_once_it_is_confirmed(rig: Rig) -> None:
+    rig.consumer.add(ONE, b"bad")
+    rig.sender.errors = [SinkUnavailable("broker down")] * 2
+    rig.run()
+    names = rig.log.names()
+    assert names.count("buried") == 1
+    assert names.index("buried") < names.index("commit")
+
+
+def test_work_is_not_repeated_for_a_dead_letter_that_waits(rig: Rig) -> None:
+    rig.consumer.add(ONE, b"a", b"bad 1", b"bad 2")
+    rig.sender.errors = [SinkUnavailable("broker down")]
+    rig.run()
+    assert rig.log.named("written") == [[b"a"]]
+    assert [value for _, value, _ in rig.log.named("buried")] == [b"bad 1", b"bad 2"]
+
+
+def test_a_dead_letter_too_large_for_its_topic_goes_without_its_value(rig: Rig) -> None:
+    rig.consumer.add(ONE, b"bad" * 1000, b"b")
+    rig.sender.too_large = 100
+    rig.run()
+    [(key, value, letter)] = rig.log.named("buried")
+    assert (key, value, letter.offset) == (b"key", b"", 0)
+    assert rig.consumer.committed == {ONE: 2}
+
+
+def test_too_many_bad_records_in_a_row_stop_the_service_uncommitted(rig: Rig) -> None:
+    rig.settings = replace(rig.settings, max_consecutive_dead_letters=3)
+    rig.consumer.add(ONE, b"a", b"bad 1", b"bad 2", b"bad 3")
+    with pytest.raises(TooManyDeadLetters, match="IOT_MAX_CONSECUTIVE_DEAD_LETTERS"):
+        rig.run()
+    assert rig.consumer.committed == {}
+    assert rig.log.names()[-1] == "close"
+
+
+def test_the_dead_letter_limit_counts_a_row() -> None:
+    limit = DeadLetterLimit(3, 1.0)
+    for refused in [True, True, False, True, True]:
+        limit.count(refused=refused)
+    with pytest.raises(TooManyDeadLetters, match="3 records in a row"):
+        limit.count(refused=True)
+
+
+def test_the_dead_letter_limit_counts_a_share() -> None:
+    limit = DeadLetterLimit(0, 0.5)
+    for number in range(199):
+        limit.count(refused=number % 2 == 0)
+    limit.count(refused=False)
+    with pytest.raises(TooManyDeadLetters, match="101 of the last 201"):
+        limit.count(refused=True)
+
+
+def test_the_dead_letter_limit_forgets_what_is_long_past() -> None:
+    limit = DeadLetterLimit(0, 0.5)
+    for _ in range(600):
+        limit.count(refused=False)
+    for _ in range(400):
+        limit.count(refused=True)
+    for _ in range(500):
+        limit.count(refused=False)
+    assert limit._refused_in_window == 400
+    for _ in range(500):
+        limit.count(refused=False)
+    assert limit._refused_in_window == 0
+
+
+def test_the_dead_letter_limit_can_be_switched_off() -> None:
+    limit = DeadLetterLimit(0, 1.0)
+    for _ in range(2000):
+        limit.count(refused=True)
+
+
+def test_a_poll_that_fails_is_tried_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "POLL_SECONDS", 0.01)
+    rig.consumer.add(ONE, b"a")
+    rig.consumer.poll_errors = [NodeNotReadyError(), NodeNotReadyError()]
+    rig.run()
+    assert rig.consumer.committed == {ONE: 1}
+
+
+def test_a_member_whose_name_was_taken_stops_and_says_so(rig: Rig) -> None:
+    rig.consumer.add(ONE, b"a")
+    rig.consumer.commit_errors = [FencedInstanceIdError()]
+    with pytest.raises(ConfigError, match="IOT_GROUP_INSTANCE_ID"):
+        rig.run()
+
+
+def test_an_unforeseen_error_commits_nothing_and_leaves(rig: Rig) -> None:
+    rig.consumer.add(ONE, b"a")
+    rig.stage.errors = [ZeroDivisionError("a bug")]
+    with pytest.raises(ZeroDivisionError):
+        rig.run()
+    assert rig.consumer.committed == {}
+    assert rig.log.names()[-1] == "close"
+
+
+def test_lag_and_age_are_measured(rig: Rig) -> None:
+    rig.consumer.add(ONE, b"a", b"b", b"c")
+    seen: list[float] = []
+
+    def look() -> None:
+        seen.append(metrics.LAG.labels("iot-topic", "0")._value.get())
+        seen.append(metrics.OLDEST_SECONDS._value.get())
+
+    rig.stage.on_handle = [look]
+    rig.run()
+    assert seen[0] == 3
+    assert seen[1] > 1_000_000
+    assert metrics.LAG.labels("iot-topic", "0")._value.get() == 0
+    assert metrics.OLDEST_SECONDS._value.get() == 0
+
+
+class Systemd:
+    """Stands at the other end of NOTIFY_SOCKET."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._socket.setblocking(False)
+
+    def heard(self) -> list[str]:
+        lines: list[str] = []
+        while True:
+            try:
+                lines += self._socket.recv(4096).decode().split("\n")
+            except BlockingIOError:
+                return lines
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture
+def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Systemd]:
+    listening = Systemd(tmp_path / "notify")
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("WATCHDOG_USEC", "20")  # so that each call of alive() counts
+    yield listening
+    listening.close()
+
+
+def test_ready_is_said_once_and_only_when_in_the_group(systemd: Systemd, rig: Rig) -> None:
+    rig.consumer.add(ONE, b"a")
+    rig.consumer.state = MemberState.UNJOINED
+    heard: list[list[str]] = []
+
+    def join() -> None:
+        heard.append(systemd.heard())
+        rig.consumer.state = MemberState.STABLE
+
+    rig.consumer.on_poll = [lambda: None, join]
+    rig.run()
+    heard.append(systemd.heard())
+    assert "READY=1" not in heard[0]
+    assert heard[1].count("READY=1") == 1
+    assert "STOPPING=1" in heard[1]
+
+
+def test_the_watchdog_is_fed_from_the_loop_also_while_the_sink_is_down(
+    systemd: Systemd, rig: Rig
+) -> None:
+    rig.consumer.add(ONE, b"a")
+    rig.stage.errors = [SinkUnavailable("down")] * 2
+    fed: list[bool] = []
+    rig.consumer.on_poll = [lambda: fed.append("WATCHDOG=1" in systemd.heard()) for _ in range(4)]
+    rig.run()
+    assert len(fed) == 4
+    assert all(fed)
+
+
+def test_the_watchdog_goes_hungry_when_the_stage_hangs(systemd: Systemd, rig: Rig) -> None:
+    rig.consumer.add(ONE, b"a")
+    heard: list[list[str]] = []
+
+    def hang() -> None:
+        systemd.heard()
+        heard.append(systemd.heard())
+
+    rig.stage.on_handle = [hang]
+    rig.run()
+    assert heard == [[]]
+
+
+def test_the_outage_shows_in_the_status(systemd: Systemd, rig: Rig) -> None:
+    rig.consumer.add(ONE, b"a")
+    rig.stage.errors = [SinkUnavailable("connection refused")]
+    rig.run()
+    statuses = [line for line in systemd.heard() if line.startswith("STATUS=")]
+    assert "STATUS=waiting for memory: connection refused" in statuses
+    assert statuses[statuses.index("STATUS=waiting for memory: connection refused") + 1] == (
+        "STATUS=working"
+    )
