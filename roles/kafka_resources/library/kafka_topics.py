@@ -214,11 +214,13 @@ def carry_out(admin: Any, plan: Plan, *, validate_only: bool) -> None:
             }
             for topic in plan.create
         }
-        admin.create_topics(
-            created, validate_only=validate_only, wait_for_metadata=not validate_only
-        )
+        answer = admin.create_topics(created, validate_only=validate_only, raise_errors=False)
+        refuse_errors(answer["topics"])
+        if not validate_only:
+            admin.wait_for_topics(list(created))
     if plan.grow:
-        admin.create_partitions(plan.grow, validate_only=validate_only)
+        answer = admin.create_partitions(plan.grow, validate_only=validate_only, raise_errors=False)
+        refuse_errors(answer.to_dict()["results"])
     resources = [
         ConfigResource(
             ConfigResourceType.TOPIC,
@@ -235,6 +237,17 @@ def carry_out(admin: Any, plan: Plan, *, validate_only: bool) -> None:
         refused = [f"{name}: {text}" for name, text in results["topic"].items() if text != "OK"]
         if refused:
             raise ValueError("; ".join(refused))
+
+
+def refuse_errors(results: Iterable[Mapping[str, Any]]) -> None:
+    """Raise ValueError with what the brokers say of the topics that they refused."""
+    refused = [
+        f"{result['name']}: {result['error_message'] or result['error_code']}"
+        for result in results
+        if result["error_code"] != 0
+    ]
+    if refused:
+        raise ValueError("; ".join(refused))
 
 
 def diff_of(plan: Plan, existing: Mapping[str, Topic]) -> dict[str, str]:
@@ -285,8 +298,10 @@ def run(module: AnsibleModule, connect: Callable[..., Any]) -> dict[str, Any]:
         plan = make_plan(declared, existing, grow_partitions=parameters["grow_partitions"])
         if plan.problems:
             raise ValueError(" ".join(plan.problems))
-        # Check mode has the brokers look at the plan too: they know what is valid.
-        carry_out(admin, plan, validate_only=module.check_mode)
+        # The brokers know what is valid: one mistake, and nothing is changed.
+        carry_out(admin, plan, validate_only=True)
+        if not module.check_mode:
+            carry_out(admin, plan, validate_only=False)
     finally:
         admin.close()
     return {
