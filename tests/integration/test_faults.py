@@ -40,11 +40,13 @@ def test_each_part_killed_while_500_images_flow(
 def test_two_inference_workers_share_the_work_and_one_may_leave(
     pipeline: Pipeline, assert_clean: Callable[[Pipeline, int], None]
 ) -> None:
+    # Members without a name: one that has a name is waited for when it leaves, as it may restart.
+    nameless = ("--group-instance-id", "")
     pipeline.store().start()
-    first = pipeline.infer().start().wait_ready()
+    first = pipeline.infer(*nameless).start().wait_ready()
     producer = pipeline.produce("--interval", "0.05").start().wait_ready()
     wait_for(lambda: "classified" in first.output(), "the first worker to work", 60)
-    second = pipeline.infer().start().wait_ready()
+    second = pipeline.infer(*nameless).start().wait_ready()
     wait_for(lambda: "classified" in second.output(), "the second worker to work", 60)
     seen = first.output().count("classified")
     wait_for(lambda: first.output().count("classified") > seen, "the first to go on", 60)
