@@ -27,7 +27,7 @@ module Lab
 
   HOST_NAME = /\A[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\z/
 
-  Machine = Struct.new(:name, :address, :memory_mb, :cpus, :os, keyword_init: true) do
+  Machine = Struct.new(:name, :address, :memory_mb, :cpus, :os, :groups, keyword_init: true) do
     def image
       SYSTEMS.fetch(os)[:image]
     end
@@ -36,6 +36,9 @@ module Lab
       SYSTEMS.fetch(os)[:box]
     end
   end
+
+  # Variables that a host gets from one place: a group, or itself.
+  Layer = Struct.new(:group, :depth, :variables, keyword_init: true)
 
   # An inventory that does not describe machines the lab can boot.
   class InventoryError < StandardError; end
@@ -59,14 +62,14 @@ module Lab
   end
 
   # Variables of every host in the file, merged as Ansible does: group variables from the top
-  # down, the host's own last.
+  # down, the host's own last. "groups" holds the groups that the host is in.
   def host_variables(path)
-    tree = load(path)
-    levels = Hash.new { |hash, name| hash[name] = [] }
-    collect(path, "all", tree.fetch("all"), [], levels)
-    levels.transform_values do |layers|
-      layers.sort_by.with_index { |(depth, _), index| [depth, index] }
-            .map(&:last).reduce({}, :merge)
+    layers = Hash.new { |hash, name| hash[name] = [] }
+    collect(path, "all", load(path).fetch("all"), [], layers)
+    layers.transform_values do |of_host|
+      merged = of_host.sort_by.with_index { |layer, index| [layer.depth, index] }
+                      .map(&:variables).reduce({}, :merge)
+      merged.merge("groups" => of_host.map(&:group).compact.uniq.sort - ["all"])
     end
   end
 
@@ -83,19 +86,18 @@ module Lab
     raise InventoryError, "#{path}: #{e.message}"
   end
 
-  # Walks a group, remembering for each host its layers of variables and their depth. The depth of
-  # a host's own variables is infinite: they win over any group's.
-  def collect(path, group, content, inherited, levels)
+  # Walks a group, adding to each host's layers. A host's own variables win over any group's.
+  def collect(path, group, content, above, layers)
     content ||= {}
     raise InventoryError, "#{path}: group '#{group}' must be a mapping" unless content.is_a?(Hash)
 
-    inherited += [[inherited.length, content["vars"] || {}]]
+    above += [Layer.new(group: group, depth: above.length, variables: content["vars"] || {})]
     (content["hosts"] || {}).each do |name, own|
-      levels[name].concat(inherited)
-      levels[name] << [Float::INFINITY, own || {}]
+      layers[name].concat(above)
+      layers[name] << Layer.new(depth: Float::INFINITY, variables: own || {})
     end
     (content["children"] || {}).each do |child, below|
-      collect(path, child, below, inherited, levels)
+      collect(path, child, below, above, layers)
     end
   end
 
@@ -114,7 +116,8 @@ module Lab
       address: address(path, name, variables["ansible_host"]),
       memory_mb: number(path, name, variables, "vm_memory_mb", 256),
       cpus: number(path, name, variables, "vm_cpus", 1),
-      os: system(path, name, variables["vm_os"])
+      os: system(path, name, variables["vm_os"]),
+      groups: variables["groups"]
     )
   end
 

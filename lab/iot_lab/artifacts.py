@@ -125,9 +125,9 @@ def apps_wheel() -> Path:
                 _say("apps", f"{_shown(WHEELS / wheel_name)} is up to date")
                 return WHEELS / wheel_name
         _say("apps", "building the wheel")
-        python = ROOT / ".lab" / "venv" / "tools" / "bin" / "python"
+        python = ROOT / ".lab" / "venv" / "apps" / "bin" / "python"
         if not python.exists():
-            raise ArtifactError(f"{_shown(python)} is missing: run 'lab/bin/lab setup lab' first.")
+            raise ArtifactError(f"{_shown(python)} is missing: run 'lab/bin/lab setup demo' first.")
         with _workspace("apps") as work:
             # Built from a copy: build back ends leave files in the source tree.
             tree, output = _made(work / "apps"), work / "wheel"
@@ -138,7 +138,10 @@ def apps_wheel() -> Path:
                 else:
                     shutil.copy2(part, tree / part.name)
             _run_retrying(
-                [str(python), "-m", "build", "--wheel", "--outdir", str(output), str(tree)],
+                [
+                    *(str(python), "-m", "pip", "wheel", "--no-deps", "--no-input"),
+                    *("--disable-pip-version-check", "--wheel-dir", str(output), str(tree)),
+                ],
                 {"SOURCE_DATE_EPOCH": str(EPOCH)},
             )
             built = next(output.glob("*.whl"))

@@ -24,6 +24,7 @@ from typing import Any
 from kafka import KafkaConsumer, TopicPartition
 
 from iot_lab.artifacts import ArtifactError
+from iot_lab.console import Colour, paint, say
 from iot_lab.processes import App, Broker, Database, Pipeline, Process, ProcessError
 from iot_pipeline.errors import InvalidMessage
 from iot_pipeline.schema import STORED_AT, DeadLetter, ImageMessage, PredictionMessage, parse_time
@@ -131,18 +132,9 @@ class Screen:
     """What the person sees."""
 
     def __init__(self) -> None:
-        self._colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         self._started = time.monotonic()
-        self.right = 0
-        self.latencies: list[float] = []
-
-    def colour(self, code: int, text: str) -> str:
-        """The text in an ANSI colour, where there is a terminal."""
-        return f"\033[{code}m{text}\033[0m" if self._colours else text
-
-    def say(self, text: str) -> None:
-        """Print one line now."""
-        print(text, flush=True)
+        self._right = 0
+        self._latencies: list[float] = []
 
     @contextmanager
     def step(self, what: str) -> Iterator[None]:
@@ -152,9 +144,9 @@ class Screen:
         try:
             yield
         except BaseException:
-            print(self.colour(31, "✗"), flush=True)
+            say(paint("✗", Colour.BAD))
             raise
-        print(f"{self.colour(32, '✓')} {time.monotonic() - began:5.1f} s", flush=True)
+        say(f"{paint('✓', Colour.GOOD)} {time.monotonic() - began:5.1f} s")
 
     def journey(self, journey: Journey) -> None:
         """Print one image's way."""
@@ -162,12 +154,12 @@ class Screen:
         if prediction is None:
             return
         right = prediction.inferred_value == journey.truth
-        self.right += right
-        self.latencies.append(journey.latency)
+        self._right += right
+        self._latencies.append(journey.latency)
         classified = (prediction.inferred_at - journey.produced_at).total_seconds()
-        verdict = self.colour(32, "✓") if right else self.colour(31, "✗")
-        share = self.right / len(self.latencies)
-        self.say(
+        verdict = paint("✓", Colour.GOOD) if right else paint("✗", Colour.BAD)
+        share = self._right / len(self._latencies)
+        say(
             f"{journey.number:>5}  {journey.produced_at.astimezone():%H:%M:%S}  {prediction.id}  "
             f"{journey.truth:<10}  {prediction.inferred_value:<10} {verdict}  "
             f"{prediction.confidence:4.0%}  {classified:8.2f} s  {journey.latency:6.2f} s  "
@@ -176,7 +168,7 @@ class Screen:
 
     def ready(self) -> None:
         """Say that images flow from now on, and what the columns are."""
-        self.say(
+        say(
             f"\nUp after {time.monotonic() - self._started:.0f} s. Each image gets a line once it "
             "is stored with its prediction.\nSeconds count from when it was produced. Ctrl-C ends "
             "the demo with an audit.\n\n"
@@ -186,10 +178,10 @@ class Screen:
 
     def summary(self) -> None:
         """Say how long images took."""
-        if self.latencies:
-            ordered = sorted(self.latencies)
+        if self._latencies:
+            ordered = sorted(self._latencies)
             median, most = (ordered[int(share * (len(ordered) - 1))] for share in (0.5, 0.95))
-            self.say(
+            say(
                 f"From produced to stored with its prediction: median {median:.2f} s, 95 % of the "
                 f"images within {most:.2f} s."
             )
@@ -205,7 +197,6 @@ class Demo:
 
     def run(self) -> int:
         """Run until the count is reached or the person ends it; returns the exit status."""
-        say = self._screen.say
         say(f"Starting the pipeline on 127.0.0.1; logs and data in {self._folder}")
         with ExitStack() as ending:
             ending.callback(say, "Everything is stopped.")
@@ -240,12 +231,12 @@ class Demo:
         try:
             self._watch(watcher, producer, workers)
         except _Interrupted:
-            self._screen.say("\nNo more images; waiting for those on their way …")
+            say("\nNo more images; waiting for those on their way …")
         producer.stop()
         self._drain(watcher)
-        self._screen.say("\nAudit of both topics and the database:\n")
+        say("\nAudit of both topics and the database:\n")
         audit = pipeline.run("audit", "--grace", "0")
-        self._screen.say(audit.stdout.rstrip() + audit.stderr.rstrip() + "\n")
+        say(audit.stdout.rstrip() + audit.stderr.rstrip() + "\n")
         self._screen.summary()
         return audit.returncode
 
@@ -256,7 +247,7 @@ class Demo:
             if self._show(watcher) or not watcher.pending:
                 heard = time.monotonic()
             if time.monotonic() - heard > SILENCE:
-                self._screen.say(f"  {len(watcher.pending)} images wait; logs in {self._folder}")
+                say(f"  {len(watcher.pending)} images wait; logs in {self._folder}")
                 heard = time.monotonic()
             for worker in workers:
                 if not worker.running:
@@ -270,7 +261,7 @@ class Demo:
             self._screen.journey(journey)
         while watcher.dead_letters:
             letter = watcher.dead_letters.pop(0)
-            self._screen.say(f"  refused by {letter.stage}: {letter.reason}: {letter.message}")
+            say(f"  refused by {letter.stage}: {letter.reason}: {letter.message}")
         return bool(complete)
 
     def _drain(self, watcher: Watcher) -> None:
@@ -314,7 +305,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--dataset",
         type=Path,
         metavar="PATH",
-        help="folder or tar of class-named folders to send instead of the drawings that ship",
+        default=os.environ.get("DATASET") or None,
+        help="folder or tar of class-named folders to send instead of the drawings that ship "
+        "(default: $DATASET)",
     )
     parser.add_argument("--shuffle", action="store_true", help="send the images in random order")
     parser.add_argument("--keep", action="store_true", help="keep logs and data afterwards")

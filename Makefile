@@ -1,0 +1,67 @@
+# Every target is a short call; what it does is in lab/iot_lab (the lab) and tests/run (the tests).
+# Variables reach those through the environment: make lab OFFICIAL=1.
+
+SHELL := /bin/bash
+LAB := lab/bin/lab
+export TOPOLOGY ?= couchdb
+
+.DEFAULT_GOAL := help
+.PHONY: help lab demo test unit integration lint audit lab-check lab-status lab-report lab-ssh \
+        lab-destroy train lock clean
+
+help: ## List these targets
+	@echo "Usage: make TARGET [VARIABLE=VALUE]"
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "Start with 'make lab' (four hosts, needs root), or 'make demo' (plain processes)."
+
+lab: ## Boot, converge and verify the hosts; OFFICIAL=1: production's sources; DATASET=PATH: your images
+	@$(LAB) up
+
+demo: ## The same apps, broker and database as plain processes, no hosts; ARGS=--help
+	@$(LAB) demo $(ARGS)
+
+test: ## All tests: lint, unit, integration, and the molecule scenario on four hosts
+	@$(LAB) setup test
+	@tests/run
+
+unit: ## Unit tests
+	@$(LAB) setup test
+	@tests/run unit
+
+integration: ## The apps against a real broker and a real database
+	@$(LAB) setup test
+	@tests/run integration
+
+lint: ## Linters and type checks
+	@$(LAB) setup test
+	@tests/run lint
+
+audit: ## Is every image stored and predicted, once? Asks the storage host; ARGS=--json
+	@$(LAB) audit $(ARGS)
+
+lab-check: ## Can this machine run the hosts? Says what is missing
+	@$(LAB) check
+
+lab-status: ## Hosts and services
+	@$(LAB) status
+
+lab-report: ## Hosts, services, topics, images and accuracy: what make lab prints at its end
+	@$(LAB) report
+
+lab-ssh: ## A shell on a host: HOST=storage; ARGS="COMMAND" runs that instead
+	@$(LAB) ssh $(or $(HOST),$(error name a host: make lab-ssh HOST=storage)) $(ARGS)
+
+lab-destroy: ## Remove hosts, network and secrets; downloads and images stay for the next time
+	@$(LAB) destroy
+
+train: ## Train the model; ARGS=--help
+	@$(LAB) setup train
+	@.lab/venv/apps/bin/python apps/training/train.py $(ARGS)
+
+lock: ## Renew the hash-locked requirements of tools and apps
+	@$(LAB) lock
+
+clean: ## Remove everything that was made here, hosts and images included
+	@$(LAB) clean

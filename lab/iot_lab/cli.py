@@ -1,0 +1,221 @@
+"""The lab's command line: lab/bin/lab."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from iot_lab import artifacts, hosts, images, locks, paths, remote, report, setup, up
+from iot_lab.console import Colour, paint, say, step
+from iot_lab.shell import LabError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand and return its exit status."""
+    words = sys.argv[1:] if arguments is None else arguments
+    # These two have their own options.
+    if words[:1] == ["artifacts"]:
+        return artifacts.main(words[1:])
+    options = _parser().parse_args(words)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except LabError as error:
+        print(f"{paint('lab:', Colour.BAD)} {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("lab: interrupted; run the command again to go on", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lab",
+        description="The pipeline on hosts of this machine. `make help` lists the usual commands.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> _Command:
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        command.set_defaults(command=run)
+        return command
+
+    def add_topology(command: _Command) -> None:
+        command.add_argument(
+            "--topology",
+            default=os.environ.get("TOPOLOGY") or "couchdb",
+            choices=hosts.topologies(),
+            help="a folder of inventory/ (default: $TOPOLOGY, else couchdb)",
+        )
+
+    def add_sources(command: _Command) -> None:
+        command.add_argument(
+            "--official",
+            action="store_true",
+            default=os.environ.get("OFFICIAL", "") not in {"", "0"},
+            help="use production's sources of software, see lab/official.yml (default: $OFFICIAL)",
+        )
+
+    command = add("up", _up, "install, boot, converge, verify and report: the whole lab")
+    add_topology(command)
+    add_sources(command)
+    command.add_argument(
+        "--dataset",
+        default=os.environ.get("DATASET") or None,
+        metavar="PATH",
+        help="folder or tar of class-named folders that the producer sends (default: $DATASET, "
+        "else the drawings that ship)",
+    )
+
+    command = add("check", _check, "tell whether this machine can run the hosts")
+    add_topology(command)
+
+    command = add("setup", _setup, "install what is missing on this machine")
+    command.add_argument(
+        "profile",
+        nargs="?",
+        default="lab",
+        choices=setup.PROFILES,
+        help="; ".join(f"{name}: {text}" for name, text in setup.PROFILES.items()),
+    )
+
+    command = add("prepare", _prepare, "make images, archives, network and key for vagrant up")
+    add_topology(command)
+    add_sources(command)
+    command.add_argument(
+        "--no-hosts",
+        action="store_true",
+        help="neither images nor network: another provider has its own",
+    )
+
+    command = add("images", _images, "build the base images that are missing or outdated")
+    command.add_argument("systems", nargs="*", metavar="SYSTEM", help=", ".join(images.SUITES))
+
+    add("key", _key, "make the lab's SSH key and print its path")
+    # Listed here for the help; main() hands its arguments on.
+    add("artifacts", _key, "build the archives of Kafka and of the database, and the apps' wheel")
+
+    command = add("status", _status, "show hosts and services")
+    add_topology(command)
+    command = add("report", _report, "show hosts, services, topics and images")
+    add_topology(command)
+
+    command = add("audit", _audit, "run `iot-pipeline audit` on the storage host")
+    add_topology(command)
+    command.add_argument(
+        "words", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments, such as --json"
+    )
+
+    command = add("ssh", _ssh, "open a shell on a host, or run a command there")
+    add_topology(command)
+    command.add_argument("host", help="its name in the inventory")
+    command.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND")
+
+    command = add("demo", _demo, "run the pipeline as plain processes, without hosts")
+    command.add_argument(
+        "words", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments, such as --count"
+    )
+
+    add("destroy", _destroy, "remove hosts, network and secrets; the cache stays")
+    add("clean", _clean, "remove everything that was made here: hosts, images, tools, downloads")
+    add("lock", _lock, "renew the hash-locked requirements of tools and apps")
+    return parser
+
+
+def _up(options: argparse.Namespace) -> int:
+    dataset = None
+    if options.dataset:
+        dataset = Path(options.dataset).expanduser().resolve()
+        if not dataset.exists():
+            raise LabError(f"DATASET: there is no {dataset}")
+    return up.up(up.Options(options.topology, options.official, dataset))
+
+
+def _check(options: argparse.Namespace) -> int:
+    up.check(options.topology)
+    say("This machine can run the lab's hosts.")
+    return 0
+
+
+def _setup(options: argparse.Namespace) -> int:
+    setup.setup(options.profile)
+    return 0
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    up.prepare(up.Options(options.topology, options.official), with_hosts=not options.no_hosts)
+    return 0
+
+
+def _images(options: argparse.Namespace) -> int:
+    unknown = sorted(set(options.systems) - set(images.SUITES))
+    if unknown:
+        raise LabError(f"no image is called {', '.join(unknown)}: {', '.join(images.SUITES)}")
+    with step("Build the base images"):
+        images.ensure(options.systems or images.SUITES)
+    return 0
+
+
+def _key(_: argparse.Namespace) -> int:
+    say(str(setup.ssh_key()))
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    return 0 if up.print_status(options.topology) else 1
+
+
+def _report(options: argparse.Namespace) -> int:
+    return 0 if up.print_report(options.topology) else 1
+
+
+def _audit(options: argparse.Namespace) -> int:
+    storage = report.auditor(hosts.machines(options.topology))
+    if storage is None:
+        raise LabError("no host of the inventory is in the group storage_nodes")
+    words = report.quoted(["sudo", "iot-pipeline", "audit", *options.words])
+    return _replace(remote.command(storage, words))
+
+
+def _ssh(options: argparse.Namespace) -> int:
+    machines = {machine.name: machine for machine in hosts.machines(options.topology)}
+    if options.host not in machines:
+        raise LabError(f"no host is called {options.host}: HOST is one of {', '.join(machines)}")
+    words = options.words[1:] if options.words[:1] == ["--"] else options.words
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    return _replace(remote.command(machines[options.host], *words, terminal=terminal))
+
+
+def _demo(options: argparse.Namespace) -> int:
+    setup.setup("demo")
+    python = str(paths.APPS / "bin" / "python")
+    return _replace([python, "-m", "iot_lab.demo", *options.words])
+
+
+def _destroy(_: argparse.Namespace) -> int:
+    with step("Remove the lab's hosts and network"):
+        up.destroy()
+    return 0
+
+
+def _clean(_: argparse.Namespace) -> int:
+    with step("Remove everything that was made here"):
+        up.clean()
+    return 0
+
+
+def _lock(_: argparse.Namespace) -> int:
+    locks.renew()
+    return 0
+
+
+def _replace(command: list[str]) -> int:
+    """Become another program, so that its signals and its exit status are the user's."""
+    sys.stdout.flush()
+    os.execvp(command[0], command)  # noqa: S606 - no shell is wanted
+
+
+_Command = argparse.ArgumentParser

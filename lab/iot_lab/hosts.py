@@ -1,0 +1,280 @@
+"""The hosts of a topology on this machine: their network, their containers, Vagrant's records.
+
+A run may find what a run that was cut off left behind. `prepare` puts that right and touches
+nothing that does not carry the lab's label.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from iot_lab import paths
+from iot_lab.console import say
+from iot_lab.shell import LabError, answer, engine, first
+
+NETWORK = "iot-lab"
+LABEL = "iot-lab"
+ROOT_LABEL = "iot-lab.root"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A host as the inventory describes it."""
+
+    name: str
+    address: str
+    memory_mb: int
+    cpus: int
+    os: str
+    groups: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Container:
+    """A container that carries the lab's label."""
+
+    id: str
+    name: str
+    topology: str
+    root: str
+    state: str
+    pid: int
+
+    def is_ours(self) -> bool:
+        """Tell whether this checkout of the repository made it."""
+        return self.root == str(paths.ROOT)
+
+    def is_alive(self) -> bool:
+        """Tell whether its first process runs, whatever the engine remembers."""
+        try:
+            # The process may be another's by now: the cgroup tells.
+            return self.id in Path(f"/proc/{self.pid}/cgroup").read_text()
+        except OSError:
+            return False
+
+
+def topologies() -> list[str]:
+    """Return the names of the inventories that describe machines."""
+    return sorted(file.parent.name for file in paths.INVENTORY.glob("*/hosts.yml"))
+
+
+def derived(topology: str) -> tuple[str, list[Machine]]:
+    """Return the subnet and the machines of a topology, as the Vagrantfile derives them.
+
+    Raises LabError when the inventory is wrong.
+    """
+    script = paths.ROOT / "lab" / "machines.rb"
+    try:
+        found = json.loads(
+            answer("ruby", str(script), str(paths.INVENTORY / topology / "hosts.yml"))
+        )
+    except LabError as error:
+        # The script's own words are clearer than the command that was run.
+        raise LabError(str(error).rpartition("lab: ")[2]) from error
+    return found["subnet"], [
+        Machine(
+            name=machine["name"],
+            address=machine["address"],
+            memory_mb=machine["memory_mb"],
+            cpus=machine["cpus"],
+            os=machine["os"],
+            groups=tuple(machine["groups"]),
+        )
+        for machine in found["machines"]
+    ]
+
+
+def machines(topology: str) -> list[Machine]:
+    """Return the machines of a topology. Raises LabError when the inventory is wrong."""
+    return derived(topology)[1]
+
+
+def containers() -> list[Container]:
+    """Return every container with the lab's label, running or not."""
+    listed = engine("ps", "--all", "--filter", f"label={LABEL}", "--format", "json")
+    return [
+        Container(
+            id=entry["Id"],
+            name=first(entry["Names"], ""),
+            topology=entry["Labels"][LABEL],
+            root=entry["Labels"].get(ROOT_LABEL, ""),
+            state=entry["State"],
+            pid=entry["Pid"],
+        )
+        for entry in json.loads(listed or "[]")
+    ]
+
+
+def prepare(topology: str) -> None:
+    """Make the network, and put right what an interrupted run left of hosts and records.
+
+    Raises LabError when another checkout's lab holds the addresses, or the network cannot be made.
+    """
+    subnet, wanted = derived(topology)
+    kept = [container for container in containers() if _keep(container, topology, wanted)]
+    _forget_lost(topology, wanted, kept)
+    _tell_changes(wanted, kept)
+    _network(topology, subnet)
+
+
+def destroy() -> None:
+    """Remove every container of this checkout, Vagrant's records of them, and the network."""
+    mine = [container for container in containers() if container.is_ours()]
+    _remove(mine)
+    for record in paths.VAGRANT_MACHINES.glob("*/docker"):
+        shutil.rmtree(record)
+    if _network_settings() and not _attached():
+        engine("network", "rm", NETWORK)
+
+
+def _keep(container: Container, topology: str, wanted: Sequence[Machine]) -> bool:
+    """Tell whether a container may stay, after mending or removing one that may not."""
+    if not container.is_ours():
+        if (Path(container.root) / "Vagrantfile").exists():
+            raise LabError(
+                f"the lab of {container.root} holds the addresses: its host {container.name} "
+                f"exists. Destroy it first: make -C {container.root} lab-destroy"
+            )
+        _tell("a host of a checkout that is gone", container)
+        _remove([container])
+        return False
+    if container.topology != topology:
+        raise LabError(
+            f"the topology {container.topology} is up, and both use the same network. "
+            f"Destroy it first: make lab-destroy"
+        )
+    names = {_container_name(topology, machine.name): machine.name for machine in wanted}
+    if container.name not in names:
+        _tell("a host that the inventory no longer has", container)
+        _remove([container])
+        return False
+    if _recorded(names[container.name]) != container.id:
+        _tell("a host that Vagrant has no record of", container)
+        _remove([container])
+        return False
+    if container.state == "running" and not container.is_alive():
+        say(f"    {container.name}: its processes were killed; it will be started again")
+        try:
+            engine("container", "cleanup", container.id)
+        except LabError:
+            _remove([container])
+            return False
+    return True
+
+
+def _container_name(topology: str, machine: str) -> str:
+    return f"iot-{topology}-{machine}"
+
+
+def _recorded(machine: str) -> str | None:
+    """Return the container that Vagrant takes for a machine."""
+    try:
+        return (paths.VAGRANT_MACHINES / machine / "docker" / "id").read_text().strip()
+    except FileNotFoundError:
+        return None
+
+
+def _forget_lost(topology: str, wanted: Sequence[Machine], kept: Sequence[Container]) -> None:
+    """Remove Vagrant's records of containers that do not exist (any more)."""
+    existing = {container.id for container in kept}
+    for machine in wanted:
+        recorded = _recorded(machine.name)
+        if recorded is not None and recorded not in existing:
+            name = _container_name(topology, machine.name)
+            say(f"    {name}: Vagrant's record of a host that is gone was removed")
+            shutil.rmtree(paths.VAGRANT_MACHINES / machine.name / "docker")
+
+
+def _tell_changes(wanted: Sequence[Machine], kept: Sequence[Container]) -> None:
+    """Say which hosts are not what the inventory says by now: Vagrant changes none that exists."""
+    if not kept:
+        return
+    described = json.loads(engine("inspect", *(container.id for container in kept)))
+    by_name = {entry["Name"].lstrip("/"): entry for entry in described}
+    for machine in wanted:
+        entry = first([by_name[name] for name in by_name if name.endswith(f"-{machine.name}")])
+        if entry and _settings(entry) != (machine.address, machine.memory_mb, machine.cpus):
+            say(
+                f"    {machine.name} was made with other settings than the inventory's; "
+                f"to make it anew: vagrant destroy --force {machine.name}, then make lab"
+            )
+
+
+def _settings(entry: dict[str, Any]) -> tuple[str, int, int]:
+    network = entry["NetworkSettings"]["Networks"].get(NETWORK, {})
+    configured = network.get("IPAMConfig") or {}
+    limits = entry["HostConfig"]
+    return (
+        # A stopped container has its address in the configuration alone.
+        network.get("IPAddress") or configured.get("IPv4Address", ""),
+        limits["Memory"] // 2**20,
+        limits["NanoCpus"] // 10**9,
+    )
+
+
+def _network(topology: str, subnet: str) -> None:
+    settings = _network_settings()
+    if settings:
+        # Without hosts on it a new one costs nothing, and takes old leases of addresses with it.
+        if _attached():
+            if [entry["subnet"] for entry in settings["subnets"]] != [subnet]:
+                raise LabError(
+                    f"the network {NETWORK} is not {subnet}; destroy its hosts first: "
+                    "make lab-destroy"
+                )
+            return
+        engine("network", "rm", NETWORK)
+    create = ["network", "create", "--subnet", subnet, "--disable-dns"]
+    try:
+        engine(*create, "--label", f"{LABEL}={topology}", NETWORK)
+    except LabError as error:
+        holder = _holder(subnet)
+        raise LabError(
+            f"cannot make the network {NETWORK}, {subnet}"
+            + (f": the interface {holder} has an address in it" if holder else "")
+            + f"\n{error}"
+        ) from error
+
+
+def _network_settings() -> dict[str, Any] | None:
+    listed = json.loads(engine("network", "ls", "--format", "json") or "[]")
+    if NETWORK not in {entry["name"] for entry in listed}:
+        return None
+    settings: dict[str, Any] = json.loads(engine("network", "inspect", NETWORK))[0]
+    return settings
+
+
+def _attached() -> bool:
+    return bool(engine("ps", "--all", "--quiet", "--filter", f"network={NETWORK}"))
+
+
+def _holder(subnet: str) -> str | None:
+    """Return the network interface that has an address of the lab's, if any does."""
+    for entry in json.loads(answer("ip", "-json", "route", "show", subnet)):
+        return str(entry["dev"])
+    return None
+
+
+def _tell(what: str, container: Container) -> None:
+    say(f"    {container.name}: {what} was removed")
+
+
+def _remove(found: Sequence[Container]) -> None:
+    if found:
+        engine("rm", "--force", "--time", "2", "--volumes", *(entry.id for entry in found))
+
+
+def vagrant(*arguments: str) -> list[str]:
+    """Return the command that runs Vagrant on what is already prepared."""
+    return ["env", "IOT_LAB_PREPARED=1", "vagrant", *arguments]
+
+
+def topology_from_environment() -> str:
+    """Return the topology that the environment names."""
+    return os.environ.get("TOPOLOGY") or "couchdb"

@@ -1,0 +1,197 @@
+"""`lab setup`: installs what is missing on this machine, and only that.
+
+Debian's packages come from apt. Python's go into two virtual environments: the tools (Ansible,
+molecule, linters) from lab/requirements/tools.txt, and the apps as a host gets them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from iot_lab import paths
+from iot_lab.artifacts import apps_wheel
+from iot_lab.console import say, step
+from iot_lab.shell import LabError, answer, locked, logged, retried, root_command, shown, succeeds
+
+ATTEMPTS = 3
+APT_OPTIONS = ("-o", "DPkg::Lock::Timeout=600", "-o", "Acquire::Retries=3")
+QUIET_PIP = ("--disable-pip-version-check", "--no-input", "--progress-bar=off")
+
+HOSTS = (
+    "ca-certificates",
+    "debian-archive-keyring",
+    "gpg",
+    "iproute2",
+    "iptables",
+    "mmdebstrap",
+    "netavark",
+    "nftables",
+    "openssh-client",
+    "podman",
+    "runc",
+    "vagrant",
+)
+TORCH = ("libopenblas0-pthread", "python3-torch", "python3-torchvision")
+
+PROFILES = {
+    "lab": "the hosts, and Ansible to converge them",
+    "demo": "the pipeline as plain processes",
+    "test": "everything that `make test` runs",
+    "train": "what training the model takes",
+}
+
+# Keyrings of Debian 12's first releases do not know Debian 13.
+NEWEST_KEYRING = Path("/usr/share/keyrings/debian-archive-trixie-stable.gpg")
+
+
+def setup(profile: str) -> None:
+    """Install what a profile of PROFILES needs and does not have yet.
+
+    Raises LabError when apt or pip cannot install something.
+    """
+    with locked("setup"):
+        _install(_missing(profile))
+        if profile in {"lab", "test"}:
+            _tools()
+        if profile != "lab":
+            _apps()
+
+
+def ssh_key() -> Path:
+    """Return the lab's own SSH key, made on first use and never part of the repository."""
+    key = paths.SSH_KEY
+    with locked("ssh"):
+        key.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not key.exists() or not key.with_suffix(".pub").exists():
+            key.unlink(missing_ok=True)
+            answer("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "iot-lab", "-f", str(key))
+    return key
+
+
+def _missing(profile: str) -> list[str]:
+    """Return the packages to install: what apt does not know as installed, or no program does."""
+    wanted = ["python3-venv"]
+    if profile != "train":
+        # What the archives of Kafka and of the database are made with, and run on.
+        if _version("java", "-version") < 17:
+            wanted.append("default-jre-headless")
+        if not shutil.which("mvn"):
+            wanted.append("maven")
+        if _version("node", "--version") < 18:
+            wanted.append("nodejs")
+        if not shutil.which("npm"):
+            wanted.append("npm")
+    if profile in {"lab", "test"}:
+        wanted += HOSTS
+    if profile != "lab":
+        wanted += TORCH
+    missing = set(wanted) - _installed(wanted)
+    if profile in {"lab", "test"} and not NEWEST_KEYRING.exists():
+        missing.add("debian-archive-keyring")
+    return sorted(missing)
+
+
+def _version(program: str, flag: str) -> int:
+    """Return a program's major version, 0 where there is none."""
+    if not shutil.which(program):
+        return 0
+    done = subprocess.run([program, flag], check=False, capture_output=True, text=True)
+    found = re.search(r"\d+", done.stdout + done.stderr)
+    return int(found.group()) if found and done.returncode == 0 else 0
+
+
+def _installed(packages: Sequence[str]) -> set[str]:
+    done = subprocess.run(
+        ["dpkg-query", "--show", "--showformat", "${Package} ${db:Status-Status}\n", *packages],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    lines = (line.split() for line in done.stdout.splitlines())
+    return {package for package, status in lines if status == "installed"}
+
+
+def _install(packages: Iterable[str]) -> None:
+    packages = list(packages)
+    if not packages:
+        return
+    with step(f"Install Debian packages: {' '.join(packages)}"):
+        apt = root_command("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", *APT_OPTIONS)
+        try:
+            retried(ATTEMPTS, lambda: logged("apt-update", [*apt, "update"]))
+        except LabError as error:
+            # One broken repository of many is no reason to give up: what is needed may not be
+            # in it.
+            say(f"    {str(error).splitlines()[0]}; going on with the lists there are")
+        install = [*apt, "install", "--yes", "--no-install-recommends", *packages]
+        retried(ATTEMPTS, lambda: logged("apt-install", install))
+
+
+def _tools() -> None:
+    lock = paths.ROOT / "lab" / "requirements" / "tools.txt"
+    with_lock = ["--require-hashes", "--requirement", str(lock)]
+    _environment("tools", paths.TOOLS, [lock], with_lock)
+
+
+def _apps() -> None:
+    locks = sorted((paths.ROOT / "apps" / "requirements").glob("*.txt"))
+    locked_packages = [word for lock in locks for word in ("--requirement", str(lock))]
+    _environment(
+        "apps",
+        paths.APPS,
+        locks,
+        ["--require-hashes", *locked_packages],
+        options=["--system-site-packages"],
+    )
+    wheel = apps_wheel()
+    record = paths.APPS / "wheel.sha256"
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if record.exists() and record.read_text() == digest:
+        return
+    record.unlink(missing_ok=True)
+    pip = [str(paths.APPS / "bin" / "python"), "-m", "pip", "install", *QUIET_PIP]
+    answer(*pip, "--no-deps", "--force-reinstall", str(wheel))
+    record.write_text(digest)
+
+
+def _environment(
+    name: str,
+    folder: Path,
+    locks: Sequence[Path],
+    requirements: Sequence[str],
+    options: Sequence[str] = (),
+) -> None:
+    """Make a virtual environment hold what its locks say, if it does not yet.
+
+    The record is written last, so an interrupted installation is seen and done again.
+    """
+    python = folder / "bin" / "python"
+    record = folder / "locks.sha256"
+    digest = hashlib.sha256(b"".join(lock.read_bytes() for lock in locks)).hexdigest()
+    if record.exists() and record.read_text() == digest and succeeds(str(python), "-c", ""):
+        return
+    with step(f"Install the Python packages of {shown(folder)}"):
+        record.unlink(missing_ok=True)
+        fresh = ["/usr/bin/python3", "-m", "venv", "--clear", *options, str(folder)]
+        if not succeeds(str(python), "-m", "pip", "--version"):
+            answer(*fresh)
+        pip = [str(python), "-m", "pip", "install", *QUIET_PIP, *requirements]
+        try:
+            retried(ATTEMPTS, lambda: logged(f"pip-{name}", pip, environment=_pip_environment()))
+        except LabError:
+            # What is left of an interrupted installation can be in the way.
+            answer(*fresh)
+            logged(f"pip-{name}", pip, environment=_pip_environment())
+        record.write_text(digest)
+
+
+def _pip_environment() -> dict[str, str]:
+    """Return what lets Debian's pip trust what the machine trusts, unless it is told otherwise."""
+    bundle = "/etc/ssl/certs/ca-certificates.crt"
+    return {} if "PIP_CERT" in os.environ or not Path(bundle).exists() else {"PIP_CERT": bundle}
