@@ -16,10 +16,14 @@ from iot_lab.shell import LabError
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand and return its exit status."""
     words = sys.argv[1:] if arguments is None else arguments
-    # These two have their own options.
+    # These have their own options, which argparse would take for ours.
     if words[:1] == ["artifacts"]:
         return artifacts.main(words[1:])
+    passed_on: list[str] = []
+    if words[:1] in (["audit"], ["demo"]):
+        words, passed_on = words[:1], words[1:]
     options = _parser().parse_args(words)
+    options.passed_on = passed_on
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         return command(options)
@@ -103,21 +107,15 @@ def _parser() -> argparse.ArgumentParser:
     command = add("report", _report, "show hosts, services, topics and images")
     add_topology(command)
 
-    command = add("audit", _audit, "run `iot-pipeline audit` on the storage host")
+    command = add("audit", _audit, "run `iot-pipeline audit` on the storage host, with its options")
     add_topology(command)
-    command.add_argument(
-        "words", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments, such as --json"
-    )
 
     command = add("ssh", _ssh, "open a shell on a host, or run a command there")
     add_topology(command)
     command.add_argument("host", help="its name in the inventory")
     command.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND")
 
-    command = add("demo", _demo, "run the pipeline as plain processes, without hosts")
-    command.add_argument(
-        "words", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments, such as --count"
-    )
+    add("demo", _demo, "run the pipeline as plain processes, without hosts")
 
     add("destroy", _destroy, "remove hosts, network and secrets; the cache stays")
     add("clean", _clean, "remove everything that was made here: hosts, images, tools, downloads")
@@ -176,7 +174,7 @@ def _audit(options: argparse.Namespace) -> int:
     storage = report.auditor(hosts.machines(options.topology))
     if storage is None:
         raise LabError("no host of the inventory is in the group storage_nodes")
-    words = report.quoted(["sudo", "iot-pipeline", "audit", *options.words])
+    words = report.quoted(["sudo", "iot-pipeline", "audit", *options.passed_on])
     return _replace(remote.command(storage, words))
 
 
@@ -192,7 +190,7 @@ def _ssh(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     setup.setup("demo")
     python = str(paths.APPS / "bin" / "python")
-    return _replace([python, "-m", "iot_lab.demo", *options.words])
+    return _replace([python, "-m", "iot_lab.demo", *options.passed_on])
 
 
 def _destroy(_: argparse.Namespace) -> int:

@@ -36,10 +36,11 @@ from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import NewTopic
 from kafka.errors import KafkaError
 
-from iot_lab.artifacts import CACHE, ROOT, couchdb_archive, kafka_archive
+from iot_lab import paths
+from iot_lab.artifacts import couchdb_archive, kafka_archive
 from iot_pipeline.schema import STORED_AT
 
-APPS = ROOT / ".lab" / "venv" / "apps" / "bin"
+APPS = paths.APPS / "bin"
 LOOPBACK = "127.0.0.1"
 PARTITIONS = 4  # of the image and the prediction topic: both are keyed by image id
 MAX_RECORD_BYTES = 1_000_000
@@ -221,7 +222,7 @@ def _clean_environment() -> dict[str, str]:
 def _unpacked(archive: Path) -> Path:
     """The single top folder of an archive, unpacked once as long as the archive is the same."""
     checksum = next(archive.parent.glob(f"{archive.name}.sha*")).read_text().strip()
-    home = CACHE / "unpacked" / f"{archive.stem}-{checksum[:12]}"
+    home = paths.CACHE / "unpacked" / f"{archive.stem}-{checksum[:12]}"
     if not home.is_dir():
         partial = home.with_name(f"{home.name}.{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
@@ -236,7 +237,7 @@ def _unpacked(archive: Path) -> Path:
 def _program(name: str, package: str) -> str:
     path = shutil.which(name)
     if path is None:
-        raise ProcessError(f"there is no {name} on PATH: install {package}, or run make setup")
+        raise ProcessError(f"there is no {name}: install {package}, or run lab/bin/lab setup demo")
     return path
 
 
@@ -244,7 +245,7 @@ class Broker(Process):
     """A Kafka node that is broker and controller in one."""
 
     def __init__(self, folder: Path) -> None:
-        _program("java", "openjdk-17-jre-headless")
+        _program("java", "default-jre-headless")
         self._home = _unpacked(kafka_archive())
         self._port, self._controller_port = free_port(), free_port()
         self._settings = folder / "server.properties"

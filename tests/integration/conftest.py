@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from iot_lab.artifacts import ROOT
+from iot_lab.paths import ROOT
 from iot_lab.processes import APPS, Broker, Database, Pipeline, wait_for
 
 SOURCES = ROOT / "apps" / "src" / "iot_pipeline"
