@@ -173,6 +173,23 @@ def test_no_setting_holds_a_secret() -> None:
         assert not {name for name in names if "password" in name} - {"couchdb_password_file"}
 
 
+@pytest.mark.parametrize(
+    "environment,words",
+    [
+        ({"IOT_COUCHDB_URL": "http://admin:hush@db:5984"}, "IOT_COUCHDB_PASSWORD_FILE"),
+        ({"IOT_COUCHDB_URL": "hptt://admin:hush@db:5984"}, "IOT_COUCHDB_PASSWORD_FILE"),
+        ({"IOT_COUCHDB_URL": "db:5984"}, "must be a URL"),
+        ({"IOT_COUCHDB_USER": "iot"}, "needs IOT_COUCHDB_PASSWORD_FILE"),
+    ],
+)
+def test_what_reaches_the_database_is_checked_before_it_is_logged(
+    environment: dict[str, str], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        load(StoreSettings, environment=environment)
+    assert "hush" not in str(caught.value)
+
+
 def test_a_wrong_setting_ends_the_command_with_its_own_status(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

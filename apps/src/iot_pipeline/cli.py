@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ) from error
         return int(module.run(settings))
     except PipelineError as error:
-        print(f"iot-pipeline {command.name}: {error}", file=sys.stderr)
+        if not error.logged:
+            print(f"iot-pipeline {command.name}: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         return Exit.OK

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import couchdb
 import couchdb.http
@@ -65,20 +64,8 @@ class CouchDatabase:
         """Prepare; nothing is sent yet.
 
         Raises:
-            ConfigError: the URL or the credentials cannot be used.
+            ConfigError: the password file cannot be read.
         """
-        parts = urlsplit(settings.couchdb_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(
-                "IOT_COUCHDB_URL must be a URL such as http://127.0.0.1:5984, not "
-                f"{settings.couchdb_url!r}"
-            )
-        if parts.username or parts.password:
-            # A URL ends up in logs and process lists.
-            raise ConfigError(
-                "IOT_COUCHDB_URL must not hold user and password: set IOT_COUCHDB_USER and "
-                "IOT_COUCHDB_PASSWORD_FILE"
-            )
         self._settings = settings
         self._name = f"CouchDB at {settings.couchdb_url}"
         # Ours is the only retry: it also keeps the watchdog fed and the group joined.
@@ -90,8 +77,6 @@ class CouchDatabase:
     def _read_credentials(self) -> None:
         if not self._settings.couchdb_user:
             return
-        if not self._settings.couchdb_password_file:
-            raise ConfigError("IOT_COUCHDB_USER needs IOT_COUCHDB_PASSWORD_FILE")
         try:
             text = Path(self._settings.couchdb_password_file).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:

@@ -39,6 +39,8 @@ class PipelineError(Exception):
     """The base of every error this package raises on purpose."""
 
     exit_status: Exit = Exit.FAILED
+    logged = False
+    """Whether a log line has said it already."""
 
 
 class ConfigError(PipelineError):

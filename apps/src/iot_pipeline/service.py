@@ -24,7 +24,10 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from iot_pipeline import metrics
+from iot_pipeline.errors import PipelineError
 from iot_pipeline.settings import Settings, describe
+
+REPEAT_SECONDS = 60.0
 
 _JOURNAL_PRIORITIES = {
     logging.DEBUG: 7,
@@ -89,9 +92,10 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         text = record.getMessage()
-        if record.exc_info:
+        ours = record.name.startswith("iot_pipeline")
+        if record.exc_info and (ours or logging.getLogger().isEnabledFor(logging.DEBUG)):
             text = f"{text} traceback={_quote(self.formatException(record.exc_info))}"
-        if not record.name.startswith("iot_pipeline"):
+        if not ours:
             text = f"{record.name}: {text}"
         text = text.replace("\n", " ")
         if self._for_journal:
@@ -100,10 +104,29 @@ class _Formatter(logging.Formatter):
         return f"{moment.replace('+00:00', 'Z')} {record.levelname.lower()} {text}"
 
 
+class _RepeatFilter(logging.Filter):
+    """Lets a library say the same thing once a minute: kafka-python complains at each attempt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[tuple[str, object], float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name.startswith("iot_pipeline"):
+            return True
+        what = (record.name, record.msg)
+        if record.created - self._said.get(what, 0.0) < REPEAT_SECONDS:
+            return False
+        self._said[what] = record.created
+        return True
+
+
 def set_up_logging(level: str) -> None:
     """Send this package's events and other libraries' warnings to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(for_journal=_stderr_is_the_journal()))
+    if level != "debug":
+        handler.addFilter(_RepeatFilter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("iot_pipeline").setLevel(level.upper())
 
@@ -176,6 +199,8 @@ class Service:
             self._log.info("stopped", service=self._settings.SERVICE)
         else:
             self._log.error("failed", service=self._settings.SERVICE, error=error)
+            if isinstance(error, PipelineError):
+                error.logged = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self._stop.set()

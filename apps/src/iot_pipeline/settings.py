@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
+from urllib.parse import urlsplit
 
 from iot_pipeline.errors import ConfigError
 
@@ -200,6 +201,26 @@ class CouchSettings:
     couchdb_timeout: float = setting(
         15.0, "longest wait for an answer of CouchDB", unit="seconds", minimum=0.1
     )
+
+    def __post_init__(self) -> None:
+        """Check the URL before anything logs it.
+
+        Raises:
+            ConfigError: it holds credentials, or is no URL of a server.
+        """
+        parts = urlsplit(self.couchdb_url)
+        if "@" in self.couchdb_url:
+            raise ConfigError(
+                "IOT_COUCHDB_URL must not hold user and password, since it is logged: set "
+                "IOT_COUCHDB_USER and IOT_COUCHDB_PASSWORD_FILE"
+            )
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(
+                "IOT_COUCHDB_URL must be a URL such as http://127.0.0.1:5984, not "
+                f"{self.couchdb_url!r}"
+            )
+        if self.couchdb_user and not self.couchdb_password_file:
+            raise ConfigError("IOT_COUCHDB_USER needs IOT_COUCHDB_PASSWORD_FILE")
 
 
 @dataclass(frozen=True, kw_only=True)
