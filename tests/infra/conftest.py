@@ -52,12 +52,13 @@ VARIABLES = (
     "couchdb_port",
     "couchdb_url",
     "kafka_bootstrap_servers",
+    "kafka_broker_bind_address",
     "kafka_client_port",
     "kafka_controller_port",
     "kafka_resources_topics",
     "pipeline_dead_letter_topic",
     "pipeline_image_topic",
-    "vm_os",
+    "vm_memory_mb",
 )
 
 UNSET = "not set in the inventory"
@@ -249,6 +250,6 @@ def pytest_runtest_makereport(
     report: pytest.TestReport = yield
     if report.failed:
         for host, unit in services_of(getattr(item, "funcargs", {})):
-            journal = host.run("journalctl --unit=%s --lines=60 --no-pager", unit)
+            journal = host.run("journalctl --unit=%s --lines=30 --no-pager", unit)
             report.sections.append((f"journal of {unit}", journal.stdout))
     return report

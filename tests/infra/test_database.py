@@ -98,6 +98,6 @@ def test_listens_only_where_told(host: Host, variables: dict[str, Any]) -> None:
     address = re.search(r"inet ([\d.]+)", own)
     assert address
     refused = host.run(
-        "curl --silent --max-time 5 http://%s:%s/", address[1], variables["couchdb_port"]
+        "curl --silent --max-time 5 http://%s:%s/", address[1], str(variables["couchdb_port"])
     )
     assert refused.rc == 7

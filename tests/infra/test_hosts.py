@@ -36,10 +36,11 @@ def test_extra_authorities_are_trusted(host: Host, variables: dict[str, Any]) ->
 def expected_sockets(groups: tuple[str, ...], variables: dict[str, Any]) -> set[tuple[str, int]]:
     """Address and port of each TCP socket of the pipeline; `*` is any address."""
     expected = set()
+    kafka = variables.get("kafka_broker_bind_address") or "*"
     if "kafka_brokers" in groups:
-        expected.add(("*", variables["kafka_client_port"]))
+        expected.add((kafka, variables["kafka_client_port"]))
     if "kafka_controllers" in groups:
-        expected.add(("*", variables["kafka_controller_port"]))
+        expected.add((kafka, variables["kafka_controller_port"]))
     if "couchdb_servers" in groups:
         expected.add((variables["couchdb_bind_address"], variables["couchdb_port"]))
     for group, port in {"producers": 9101, "inference_nodes": 9102, "storage_nodes": 9103}.items():

@@ -24,7 +24,7 @@ def produce(host: Host, count: int) -> None:
     host.check_output(
         "runuser --user=iot-pipeline -- iot-pipeline produce --count %s --interval 0.2 "
         "--metrics-port 0 --source-name infra-tests",
-        count,
+        str(count),
     )
 
 
