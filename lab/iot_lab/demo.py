@@ -134,7 +134,7 @@ class Screen:
     def __init__(self) -> None:
         self._started = time.monotonic()
         self._right = 0
-        self._latencies: list[float] = []
+        self._shown = 0
 
     @contextmanager
     def step(self, what: str) -> Iterator[None]:
@@ -155,10 +155,10 @@ class Screen:
             return
         right = prediction.inferred_value == journey.truth
         self._right += right
-        self._latencies.append(journey.latency)
+        self._shown += 1
         classified = (prediction.inferred_at - journey.produced_at).total_seconds()
         verdict = paint("✓", Colour.GOOD) if right else paint("✗", Colour.BAD)
-        share = self._right / len(self._latencies)
+        share = self._right / self._shown
         say(
             f"{journey.number:>5}  {journey.produced_at.astimezone():%H:%M:%S}  {prediction.id}  "
             f"{journey.truth:<10}  {prediction.inferred_value:<10} {verdict}  "
@@ -175,16 +175,6 @@ class Screen:
             f"{'no.':>5}  {'produced':<8}  {'id':<36}  {'truth':<10}  {'predicted':<12}  sure  "
             "classified    stored  right so far"
         )
-
-    def summary(self) -> None:
-        """Say how long images took."""
-        if self._latencies:
-            ordered = sorted(self._latencies)
-            median, most = (ordered[int(share * (len(ordered) - 1))] for share in (0.5, 0.95))
-            say(
-                f"From produced to stored with its prediction: median {median:.2f} s, 95 % of the "
-                f"images within {most:.2f} s."
-            )
 
 
 class Demo:
@@ -237,7 +227,6 @@ class Demo:
         say("\nAudit of both topics and the database:\n")
         audit = pipeline.run("audit", "--grace", "0")
         say(audit.stdout.rstrip() + audit.stderr.rstrip() + "\n")
-        self._screen.summary()
         return audit.returncode
 
     def _watch(self, watcher: Watcher, producer: App, workers: list[App]) -> None:
@@ -322,7 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         status = Demo(options, folder, Screen()).run()
     except _Interrupted:
-        print("\nEnded before it was up.")
+        print("\nInterrupted: ended without an audit.")
         status = 130
     except (ProcessError, ArtifactError) as error:
         print(f"\n{error}", file=sys.stderr)

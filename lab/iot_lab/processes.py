@@ -633,6 +633,7 @@ class Pipeline:
             "IOT_PREDICTION_TOPIC": self.prediction_topic,
             "IOT_DEAD_LETTER_TOPIC": self.dead_letter_topic,
             "IOT_MAX_RECORD_BYTES": str(MAX_RECORD_BYTES),
+            "IOT_CACHE_DIR": str(self.folder),
         }
 
     @property
