@@ -51,7 +51,7 @@ class Backoff:
     The chance keeps clients that lost the same server from returning to it all at once.
     """
 
-    def __init__(self, first: float = 0.5, longest: float = 30.0) -> None:
+    def __init__(self, first: float = 0.5, longest: float = 15.0) -> None:
         self._first = first
         self._longest = longest
         self._attempts = 0
@@ -72,6 +72,7 @@ def _options(settings: Settings) -> dict[str, Any]:
         "bootstrap_servers": settings.bootstrap_servers.split(","),
         "client_id": f"{settings.SERVICE}-{socket.gethostname()}",
         "request_timeout_ms": REQUEST_TIMEOUT_MS,
+        "bootstrap_timeout_ms": REQUEST_TIMEOUT_MS,
         "reconnect_backoff_max_ms": 5_000,
         # A mistyped topic must be an error, not a new topic with the broker's defaults.
         "allow_auto_create_topics": False,
