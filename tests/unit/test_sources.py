@@ -221,7 +221,7 @@ def py2_list(items: Iterator[bytes]) -> bytes:
     return b"](" + b"".join(items) + b"e"
 
 
-def py2_array(rows: list[bytes], kind: bytes = b"u1") -> bytes:
+def py2_array(rows: list[bytes], kind: bytes = b"u1", *, by_column: bool = False) -> bytes:
     empty = (
         b"cnumpy.core.multiarray\n_reconstruct\n"
         + (b"cnumpy\nndarray\n" + b"(K\x00t" + py2_text(b"b") + b"\x87")
@@ -230,7 +230,10 @@ def py2_array(rows: list[bytes], kind: bytes = b"u1") -> bytes:
     dtype = b"cnumpy\ndtype\n" + (py2_text(kind) + b"K\x00K\x01\x87") + b"R"
     dtype += b"(K\x03" + py2_text(b"|") + b"NNN" + b"J\xff\xff\xff\xff" * 2 + b"K\x00tb"
     shape = py2_number(len(rows)) + py2_number(3072) + b"\x86"
-    return empty + b"(K\x01" + shape + dtype + b"\x89" + py2_text(b"".join(rows)) + b"tb"
+    order, data = b"\x89", b"".join(rows)
+    if by_column:
+        order, data = b"\x88", bytes(byte for column in zip(*rows, strict=True) for byte in column)
+    return empty + b"(K\x01" + shape + dtype + order + py2_text(data) + b"tb"
 
 
 def py2_batch(data: bytes, labels: list[int], names: list[bytes]) -> bytes:
@@ -256,8 +259,11 @@ def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: bytes) -> st
     return str(archive)
 
 
-def test_cifar10_batches_become_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = py2_array([RED_SQUARE, TOP_LEFT_BLUE])
+@pytest.mark.parametrize("by_column", [False, True])
+def test_cifar10_batches_become_png(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_column: bool
+) -> None:
+    rows = py2_array([RED_SQUARE, TOP_LEFT_BLUE], by_column=by_column)
     path = cifar10(tmp_path, monkeypatch, py2_batch(rows, [9, 0], [b"lorry_1.png", b"jet_2.png"]))
     with open_source(path) as source:
         jet, lorry = source
@@ -298,6 +304,7 @@ BAD_BATCHES = {
     "counts": (py2_batch(py2_array([RED_SQUARE]), [1, 2], [b"a.png"]), "differ in number"),
     "floats": (py2_batch(py2_array([RED_SQUARE], b"f4"), [1], [b"a.png"]), "not of bytes"),
     "label": (py2_batch(py2_array([RED_SQUARE]), [10], [b"a.png"]), "damaged"),
+    "short": (py2_batch(py2_array([RED_SQUARE[1:]]), [1], [b"a.png"]), "not the size"),
     "no labels": (b"\x80\x02}(" + py2_text(b"data") + py2_array([]) + b"u.", "damaged"),
 }
 

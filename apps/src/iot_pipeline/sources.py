@@ -418,8 +418,8 @@ def _open_cifar10(file: IO[bytes], where: str) -> tuple[list[Entry], Callable[[E
         with tarfile.open(fileobj=file, mode="r:*") as archive:
             batch = _content(archive, archive.getmember(wanted))
             content = _ArrayUnpickler(batch, encoding="bytes").load()
-        rows, labels, names = content[b"data"].buffer, content[b"labels"], content[b"filenames"]
-        if not len(rows) // size == len(labels) == len(names):
+        images, labels, names = content[b"data"], content[b"labels"], content[b"filenames"]
+        if not images.shape == (len(labels), size) == (len(names), size):
             raise ValueError("its images, labels and names differ in number")
         entries = [
             Entry(CLASSES[label], f"{CIFAR10_SPLIT}/{name.decode()}", index)
@@ -429,7 +429,7 @@ def _open_cifar10(file: IO[bytes], where: str) -> tuple[list[Entry], Callable[[E
         raise SourceError(f"{where}: {wanted} is missing or damaged: {error}") from error
 
     def read(entry: Entry) -> bytes:
-        return png_from_planes(rows[entry.key * size : (entry.key + 1) * size], CIFAR10_EDGE)
+        return png_from_planes(images.row(entry.key), CIFAR10_EDGE)
 
     return entries, read
 
@@ -451,13 +451,21 @@ def png_from_planes(planes: bytes, edge: int) -> bytes:
 class _Array:
     """What a pickled numpy array of bytes becomes: its raw buffer, without numpy."""
 
-    buffer: bytes = b""
+    shape: tuple[int, ...] = ()
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _version, _shape, kind, fortran_order, buffer = state
-        if not isinstance(kind, _ArrayType) or kind.code != b"u1" or fortran_order:
-            raise pickle.UnpicklingError("its array is not of bytes in rows")
-        self.buffer = buffer
+        _version, self.shape, kind, self._by_column, self._buffer = state
+        if not isinstance(kind, _ArrayType) or kind.code != b"u1":
+            raise pickle.UnpicklingError("its array is not of bytes")
+        if len(self.shape) != 2 or self.shape[0] * self.shape[1] != len(self._buffer):
+            raise pickle.UnpicklingError("its array has not the size that it says")
+
+    def row(self, index: int) -> bytes:
+        """The bytes of one row."""
+        rows, columns = self.shape
+        if self._by_column:
+            return bytes(self._buffer[index::rows])
+        return bytes(self._buffer[index * columns : (index + 1) * columns])
 
 
 class _ArrayType:
