@@ -7,6 +7,7 @@ and by range, and Basic authentication.
 from __future__ import annotations
 
 import http.client
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 import couchdb
 import couchdb.http
 
+from iot_pipeline import metrics
 from iot_pipeline.errors import ConfigError, InvalidMessage, Reason, SinkUnavailable
 from iot_pipeline.schema import (
     STORED_AT,
@@ -175,7 +177,9 @@ class CouchDatabase:
     def _bulk_docs(self, documents: Sequence[Document]) -> Any:
         # Not `Database.update`, which keeps a row's reason but not its error.
         body = {"docs": list(documents)}
+        started = time.monotonic()
         _status, _headers, rows = self._database.resource.post_json("_bulk_docs", body=body)
+        metrics.SINK_SECONDS.observe(time.monotonic() - started)
         return rows
 
     def read(self, identifiers: Sequence[str]) -> dict[str, Document]:

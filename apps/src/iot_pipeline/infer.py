@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Protocol
 
 from PIL import Image, UnidentifiedImageError
 
+from iot_pipeline import metrics
 from iot_pipeline.errors import Exit, InvalidMessage, Reason
 from iot_pipeline.kafka import Sender
 from iot_pipeline.schema import ImageMessage, PredictionMessage, Record, decode_record, now
@@ -121,6 +123,7 @@ class InferStage:
         predictions = self._classifier.predict([item.image for item in batch])
         inferred_at = now()
         self._service.alive()
+        started = time.monotonic()
         for item, prediction in zip(batch, predictions, strict=True):
             message = PredictionMessage(
                 id=item.message.id,
@@ -131,6 +134,7 @@ class InferStage:
             )
             self._sender.send(self._settings.prediction_topic, message.key, message.encode())
         self._sender.confirm(self._service.alive)
+        metrics.SINK_SECONDS.observe(time.monotonic() - started)
         self._report(batch, predictions, inferred_at.timestamp())
         return {}
 

@@ -26,10 +26,11 @@ DEAD_LETTERS = Counter("iot_dead_letters_total", "Records refused for good", ["r
 # How many records were handled together. Small batches under load mean that polling is the limit.
 BATCH_SIZE = Histogram("iot_batch_size_records", "Records in a batch", buckets=_SIZES)
 
-# Where the time goes: waiting for records, handling them (decoding, the model), and waiting for the
-# sink to confirm.
+# Where the time goes: waiting for records, decoding a batch, handling it (the model, the database),
+# and, as part of handling, waiting for the sink to confirm.
 POLL_SECONDS = Histogram("iot_poll_seconds", "Seconds in one poll", buckets=_SECONDS)
-HANDLE_SECONDS = Histogram("iot_handle_seconds", "Seconds to handle one batch", buckets=_SECONDS)
+DECODE_SECONDS = Histogram("iot_decode_seconds", "Seconds to decode a batch", buckets=_SECONDS)
+HANDLE_SECONDS = Histogram("iot_handle_seconds", "Seconds to handle a batch", buckets=_SECONDS)
 SINK_SECONDS = Histogram("iot_sink_seconds", "Seconds until the sink confirmed", buckets=_SECONDS)
 
 # Records in the partition that are not committed yet. A growing lag means the stage is too slow.

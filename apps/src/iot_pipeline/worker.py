@@ -330,6 +330,7 @@ class Worker(Generic[ItemT]):
     def _decode(self, records: Sequence[Record]) -> _Batch[ItemT]:
         batch: _Batch[ItemT] = _Batch()
         metrics.BATCH_SIZE.observe(len(records))
+        started = time.monotonic()
         for record in records:
             metrics.RECORDS_IN.labels(record.topic).inc()
             try:
@@ -339,6 +340,7 @@ class Worker(Generic[ItemT]):
             else:
                 self._limit.count(refused=False)
                 batch.items.append((record, item))
+        metrics.DECODE_SECONDS.observe(time.monotonic() - started)
         return batch
 
     def _refuse(self, batch: _Batch[ItemT], record: Record, error: InvalidMessage) -> None:
