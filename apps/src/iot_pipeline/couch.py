@@ -6,6 +6,7 @@ and by range, and Basic authentication.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -74,6 +75,7 @@ class CouchDatabase:
         session = couchdb.http.Session(timeout=settings.couchdb_timeout)
         url = f"{settings.couchdb_url.rstrip('/')}/{settings.couchdb_database}"
         self._database = couchdb.Database(couchdb.http.Resource(url, session))
+        self._refused = False
         self._read_credentials()
 
     def _read_credentials(self) -> None:
@@ -219,11 +221,15 @@ class CouchDatabase:
     def _ask(self, request: Callable[[], ResultT], *, may_refuse: bool = False) -> ResultT:
         """Send a request and turn what may go wrong into what is to be done about it."""
         settings = self._settings
+        if self._refused:
+            # The password may have been changed on both sides while we run.
+            with contextlib.suppress(ConfigError):
+                self._read_credentials()
+            self._refused = False
         try:
             return request()
         except couchdb.http.Unauthorized as error:
-            # The password may have been changed on both sides while we run.
-            self._read_credentials()
+            self._refused = True
             raise SinkUnavailable(
                 f"{self._name} refuses user {settings.couchdb_user!r}: check IOT_COUCHDB_USER and "
                 "IOT_COUCHDB_PASSWORD_FILE"
