@@ -21,9 +21,9 @@ from iot_pipeline.schema import format_time, now, uuid7
 PATIENCE_SECONDS = 60
 
 
-def png(width: int, height: int) -> bytes:
+def png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    Image.new("1", (width, height)).save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()
 
 
@@ -40,14 +40,14 @@ def message(image: bytes) -> dict[str, Any]:
 
 def broken_records() -> dict[str, tuple[str, bytes]]:
     """Key and value by the reason each is refused for."""
-    good = png(32, 32)
+    good = png(Image.effect_noise((32, 32), 100))
     fields: dict[str, dict[str, Any]] = {
         "missing-field": message(good),
         "invalid-base64": message(good) | {"Data": "not base64!"},
         "not-an-image": message(b"some text"),
         "truncated-image": message(good[: len(good) // 2]),
         # 2 kB that decode to 16 million pixels.
-        "too-many-pixels": message(png(4096, 4096)),
+        "too-many-pixels": message(png(Image.new("1", (4096, 4096)))),
     }
     del fields["missing-field"]["GroundTruth"]
     records = {reason: (m["ID"], json.dumps(m).encode()) for reason, m in fields.items()}

@@ -66,7 +66,7 @@ def main_pid(host: Host) -> str:
     return str(host.check_output("systemctl show --property=MainPID --value kafka"))
 
 
-def test_topics_are_as_declared(host: Host, variables: dict[str, Any]) -> None:
+def test_topics_are_as_declared_and_healthy(host: Host, variables: dict[str, Any]) -> None:
     described = host.check_output(
         f"{BIN}/kafka-topics.sh --bootstrap-server %s --describe",
         variables["kafka_bootstrap_servers"],
@@ -79,16 +79,11 @@ def test_topics_are_as_declared(host: Host, variables: dict[str, Any]) -> None:
         configs = set(found[0].rpartition("Configs: ")[2].strip().split(","))
         assert {f"{name}={value}" for name, value in topic["config"].items()} <= configs
 
-
-def test_no_partition_is_offline_or_under_replicated(host: Host, variables: dict[str, Any]) -> None:
-    for state in ("--unavailable-partitions", "--under-replicated-partitions"):
-        assert (
-            host.check_output(
-                f"{BIN}/kafka-topics.sh --bootstrap-server %s --describe {state}",
-                variables["kafka_bootstrap_servers"],
-            ).strip()
-            == ""
-        )
+    partitions = re.findall(r"Leader: (\S+)\s+Replicas: (\S+)\s+Isr: (\S+)", described)
+    assert len(partitions) >= sum(t["partitions"] for t in variables["kafka_resources_topics"])
+    for leader, replicas, in_sync in partitions:
+        assert leader.isdigit(), "a partition is offline"
+        assert set(in_sync.split(",")) == set(replicas.split(",")), "a replica lags behind"
 
 
 def test_quorum_has_a_leader_and_all_its_voters(host: Host, variables: dict[str, Any]) -> None:
