@@ -187,6 +187,8 @@ class Progress:
             )
 
     def done(self) -> None:
-        """End the terminal's line."""
+        """Show the whole bar and end the terminal's line."""
         if self._start and self._terminal:
+            self._shown = 0.0
+            self.update(self._size)
             sys.stderr.write("\n")
