@@ -35,7 +35,15 @@ if [ -n "$gc_log" ] && [ -z "${KAFKA_GC_LOG_OPTS:-}" ]; then
   KAFKA_GC_LOG_OPTS="-Xlog:gc*:file=$log_dir/$name-gc.log:time,tags:filecount=10,filesize=100M"
 fi
 if [ -z "${KAFKA_JVM_PERFORMANCE_OPTS:-}" ]; then
-  KAFKA_JVM_PERFORMANCE_OPTS="-server -XX:+UseG1GC -XX:MaxGCPauseMillis=20 -XX:+ExplicitGCInvokesConcurrent"
+  case $1 in
+    kafka.Kafka | *Performance)
+      KAFKA_JVM_PERFORMANCE_OPTS="-server -XX:+UseG1GC -XX:MaxGCPauseMillis=20 -XX:+ExplicitGCInvokesConcurrent"
+      ;;
+    *)
+      # A tool is done before the optimizing compiler and several threads of garbage collection pay.
+      KAFKA_JVM_PERFORMANCE_OPTS="-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+      ;;
+  esac
 fi
 # Tools write only warnings, and to the terminal: they must run for users who cannot write logs.
 if [ -z "${KAFKA_LOG4J_OPTS:-}" ]; then
