@@ -1,0 +1,1 @@
+"""Weights that ship with the package: see README.md, the model card."""
