@@ -129,6 +129,9 @@ def set_up_logging(level: str) -> None:
         handler.addFilter(_RepeatFilter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("iot_pipeline").setLevel(level.upper())
+    if level != "debug":
+        # It warns of each step that took 0.1 s, which any busy host makes it do.
+        logging.getLogger("kafka.net.selector").setLevel(logging.ERROR)
 
 
 def _stderr_is_the_journal() -> bool:
