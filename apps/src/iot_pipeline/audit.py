@@ -67,6 +67,8 @@ from iot_pipeline.settings import AuditSettings
 
 SHOWN_MISSING = 10
 STALLED_SECONDS = 30.0
+# How far the clocks of hosts may be apart.
+CLOCK_SKEW = timedelta(minutes=1)
 # No limit of a stage: what one refused for its size is in the dead-letter topic.
 ANY_SIZE = sys.maxsize
 
@@ -307,8 +309,10 @@ class _Progress:
             sys.stderr.write("\r\x1b[K")
 
 
-def _read_topics(settings: AuditSettings, ledger: Ledger, progress: _Progress) -> None:
-    """Feed the ledger all three topics, each up to where it ends now.
+def _read_topics(
+    settings: AuditSettings, ledger: Ledger, since: datetime | None, progress: _Progress
+) -> None:
+    """Feed the ledger all three topics, from `since` on and each up to where it ends now.
 
     Raises:
         SinkUnavailable: the broker does not answer, or a topic does not exist.
@@ -336,7 +340,7 @@ def _read_topics(settings: AuditSettings, ledger: Ledger, progress: _Progress) -
             )
         }
         for topic, saw in readers:
-            _read_topic(consumer, ends[topic], saw, progress)
+            _read_topic(consumer, ends[topic], since, saw, progress)
     except KafkaError as error:
         problem = str(error) or type(error).__name__
         raise SinkUnavailable(f"Kafka at {settings.bootstrap_servers}: {problem}") from error
@@ -348,16 +352,18 @@ def _read_topics(settings: AuditSettings, ledger: Ledger, progress: _Progress) -
 def _read_topic(
     consumer: Any,
     ends: Mapping[TopicPartition, int],
+    since: datetime | None,
     saw: Callable[[Any], None],
     progress: _Progress,
 ) -> None:
-    begins = consumer.beginning_offsets(list(ends))
+    begins = _begins(consumer, ends, since)
     left = {partition for partition, end in ends.items() if end > begins[partition]}
     total = sum(ends[partition] - begins[partition] for partition in left)
     if not left:
         return
     consumer.assign(sorted(left))
-    consumer.seek_to_beginning()
+    for partition in left:
+        consumer.seek(partition, begins[partition])
     count = 0
     heard = time.monotonic()
     while left:
@@ -373,6 +379,18 @@ def _read_topic(
         progress.show(f"reading {next(iter(ends)).topic}: {count} of {total} records")
         if time.monotonic() - heard > STALLED_SECONDS:
             raise SinkUnavailable(f"no records for {STALLED_SECONDS:.0f} s, though there are more")
+
+
+def _begins(
+    consumer: Any, ends: Mapping[TopicPartition, int], since: datetime | None
+) -> dict[TopicPartition, int]:
+    """Where to start reading. A record is never older than the image it tells of."""
+    begins: dict[TopicPartition, int] = consumer.beginning_offsets(list(ends))
+    if since is None:
+        return begins
+    moment = int((since - CLOCK_SKEW).timestamp() * 1000)
+    found = consumer.offsets_for_times(dict.fromkeys(ends, max(0, moment)))
+    return {tp: found[tp].offset if found.get(tp) else ends[tp] for tp in ends}
 
 
 def _read_database(
@@ -429,7 +447,7 @@ def run(settings: AuditSettings) -> int:
     since = parse_since(settings.since, at)
     ledger = Ledger(since)
     progress = _Progress()
-    _read_topics(settings, ledger, progress)
+    _read_topics(settings, ledger, since, progress)
     _read_database(settings, ledger, since, progress)
     report = ledger.report(settings.grace, at)
     print(report.to_json() if settings.json else _table(report, settings, at))
