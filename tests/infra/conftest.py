@@ -94,17 +94,19 @@ def read_inventory(source: str) -> dict[str, Node]:
         | {
             "ANSIBLE_CONFIG": str(ROOT / "ansible/ansible.cfg"),
             "ANSIBLE_CALLBACK_RESULT_FORMAT": "json",
-            "ANSIBLE_NOCOLOR": "1",
+            # molecule forces colours.
+            "ANSIBLE_FORCE_COLOR": "false",
+            "ANSIBLE_NOCOLOR": "true",
         },
     )
-    if done.returncode:
-        pytest.exit(f"Ansible cannot read {source}:\n{done.stdout}{done.stderr}", returncode=2)
     nodes = {}
     for name, answer in re.findall(
         r"^(\S+) \| SUCCESS => (\{.*?^\})", done.stdout, re.MULTILINE | re.DOTALL
     ):
         known = {key: value for key, value in json.loads(answer)["msg"].items() if value != UNSET}
         nodes[name] = Node(name, tuple(known.pop("group_names")), known)
+    if done.returncode or not nodes:
+        pytest.exit(f"no hosts found in {source}:\n{done.stdout}{done.stderr}", returncode=2)
     return nodes
 
 
