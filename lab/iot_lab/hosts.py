@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,14 @@ from typing import Any
 
 from iot_lab import paths
 from iot_lab.console import say
-from iot_lab.shell import LabError, answer, engine, first
+from iot_lab.shell import LabError, answer, engine, first, root_command
 
 NETWORK = "iot-lab"
 LABEL = "iot-lab"
 ROOT_LABEL = "iot-lab.root"
+
+# States from which `vagrant up` starts a container again.
+STARTABLE = frozenset({"configured", "created", "exited", "stopped"})
 
 
 @dataclass(frozen=True)
@@ -117,10 +120,14 @@ def prepare(topology: str) -> None:
     Raises LabError when another checkout's lab holds the addresses, or the network cannot be made.
     """
     subnet, wanted = derived(topology)
-    kept = [container for container in containers() if _keep(container, topology, wanted)]
-    _forget_lost(topology, wanted, kept)
+    # First, since the addresses of a host that is removed are given back to its network.
+    if _network_settings() is None:
+        _create_network(topology, subnet)
+    found = containers()
+    kept = [container for container in found if _keep(container, topology, wanted)]
+    _forget_lost(wanted, kept)
     _tell_changes(wanted, kept)
-    _network(topology, subnet)
+    _renew_network(topology, subnet)
 
 
 def destroy() -> None:
@@ -128,13 +135,13 @@ def destroy() -> None:
     mine = [container for container in containers() if container.is_ours()]
     _remove(mine)
     for record in paths.VAGRANT_MACHINES.glob("*/docker"):
-        shutil.rmtree(record)
+        _forget(record)
     if _network_settings() and not _attached():
         engine("network", "rm", NETWORK)
 
 
 def _keep(container: Container, topology: str, wanted: Sequence[Machine]) -> bool:
-    """Tell whether a container may stay, after mending or removing one that may not."""
+    """Tell whether a container may stay. One that may not is removed."""
     if not container.is_ours():
         if (Path(container.root) / "Vagrantfile").exists():
             raise LabError(
@@ -158,13 +165,11 @@ def _keep(container: Container, topology: str, wanted: Sequence[Machine]) -> boo
         _tell("a host that Vagrant has no record of", container)
         _remove([container])
         return False
-    if container.state == "running" and not container.is_alive():
-        say(f"    {container.name}: its processes were killed; it will be started again")
-        try:
-            engine("container", "cleanup", container.id)
-        except LabError:
-            _remove([container])
-            return False
+    if container.state not in STARTABLE and not container.is_alive():
+        # Its monitor died with it, so the engine will never learn how it ended, nor start it again.
+        _tell("a host whose processes were killed", container)
+        _remove([container])
+        return False
     return True
 
 
@@ -180,15 +185,20 @@ def _recorded(machine: str) -> str | None:
         return None
 
 
-def _forget_lost(topology: str, wanted: Sequence[Machine], kept: Sequence[Container]) -> None:
+def _forget_lost(wanted: Sequence[Machine], kept: Sequence[Container]) -> None:
     """Remove Vagrant's records of containers that do not exist (any more)."""
     existing = {container.id for container in kept}
     for machine in wanted:
         recorded = _recorded(machine.name)
         if recorded is not None and recorded not in existing:
-            name = _container_name(topology, machine.name)
-            say(f"    {name}: Vagrant's record of a host that is gone was removed")
-            shutil.rmtree(paths.VAGRANT_MACHINES / machine.name / "docker")
+            say(f"    {machine.name}: Vagrant's record of a host that is gone was removed")
+            _forget(paths.VAGRANT_MACHINES / machine.name / "docker")
+
+
+def _forget(record: Path) -> None:
+    """Empty the folder of Vagrant's record; a running Vagrant wants the folder itself."""
+    for file in record.iterdir():
+        file.unlink()
 
 
 def _tell_changes(wanted: Sequence[Machine], kept: Sequence[Container]) -> None:
@@ -218,23 +228,26 @@ def _settings(entry: dict[str, Any]) -> tuple[str, int, int]:
     )
 
 
-def _network(topology: str, subnet: str) -> None:
-    settings = _network_settings()
-    if settings:
-        # Without hosts on it a new one costs nothing, and takes old leases of addresses with it.
-        if _attached():
-            if [entry["subnet"] for entry in settings["subnets"]] != [subnet]:
-                raise LabError(
-                    f"the network {NETWORK} is not {subnet}; destroy its hosts first: "
-                    "make lab-destroy"
-                )
-            return
-        engine("network", "rm", NETWORK)
+def _renew_network(topology: str, subnet: str) -> None:
+    """Make the network anew if it is not as it should be, or nothing is on it."""
+    settings = _network_settings() or {}
+    if _attached():
+        if [entry["subnet"] for entry in settings["subnets"]] != [subnet]:
+            raise LabError(
+                f"the network {NETWORK} is not {subnet}; destroy its hosts first: make lab-destroy"
+            )
+        return
+    engine("network", "rm", NETWORK)
+    _create_network(topology, subnet)
+
+
+def _create_network(topology: str, subnet: str) -> None:
+    _remove_bridge(subnet)
     create = ["network", "create", "--subnet", subnet, "--disable-dns"]
     try:
         engine(*create, "--label", f"{LABEL}={topology}", NETWORK)
     except LabError as error:
-        holder = _holder(subnet)
+        holder = first(_interfaces(subnet))
         raise LabError(
             f"cannot make the network {NETWORK}, {subnet}"
             + (f": the interface {holder} has an address in it" if holder else "")
@@ -243,22 +256,32 @@ def _network(topology: str, subnet: str) -> None:
 
 
 def _network_settings() -> dict[str, Any] | None:
-    listed = json.loads(engine("network", "ls", "--format", "json") or "[]")
-    if NETWORK not in {entry["name"] for entry in listed}:
-        return None
-    settings: dict[str, Any] = json.loads(engine("network", "inspect", NETWORK))[0]
-    return settings
+    found: Sequence[dict[str, Any]] = [entry for entry in _networks() if entry["name"] == NETWORK]
+    return found[0] if found else None
+
+
+def _networks() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(engine("network", "ls", "--format", "json") or "[]")
+    return found
 
 
 def _attached() -> bool:
     return bool(engine("ps", "--all", "--quiet", "--filter", f"network={NETWORK}"))
 
 
-def _holder(subnet: str) -> str | None:
-    """Return the network interface that has an address of the lab's, if any does."""
-    for entry in json.loads(answer("ip", "-json", "route", "show", subnet)):
-        return str(entry["dev"])
-    return None
+def _interfaces(subnet: str) -> list[str]:
+    """Return the network interfaces of this machine that have an address in a subnet."""
+    routes = json.loads(answer("ip", "-json", "route", "show", subnet) or "[]")
+    return [route["dev"] for route in routes]
+
+
+def _remove_bridge(subnet: str) -> None:
+    """Remove the engine's bridge of a network that the engine has forgotten."""
+    known = {entry["network_interface"] for entry in _networks()}
+    for interface in _interfaces(subnet):
+        if re.fullmatch(r"podman\d+", interface) and interface not in known:
+            say(f"    {interface}: the bridge of a network that is gone was removed")
+            answer(*root_command("ip", "link", "delete", interface))
 
 
 def _tell(what: str, container: Container) -> None:

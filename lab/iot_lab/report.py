@@ -133,6 +133,11 @@ def render_hosts(topology: str, hosts: Sequence[Host], *, coloured: bool) -> str
             right=[3, 4],
         ),
     ]
+    parts += [
+        paint(f"  {host.machine.name}: {host.error}", Colour.BAD, coloured=coloured)
+        for host in hosts
+        if host.error
+    ]
     if services:
         rows = [_service_row(host, service) for host, service in services]
         parts.append(table(["SERVICE", "HOST", "STATE", "FOR", "RESTARTS"], rows, right=[4]))
@@ -200,7 +205,7 @@ def _parse_units(text: str, now: int) -> list[Service]:
 def _host_row(host: Host) -> list[str]:
     machine = host.machine
     if host.error:
-        return [machine.name, machine.address, f"down: {host.error}", "", "", ""]
+        return [machine.name, machine.address, "down", "", "", ""]
     memory = f"{host.memory_mb} of {machine.memory_mb} MB"
     up = duration(host.up)
     return [machine.name, machine.address, host.system, str(machine.cpus), memory, up]

@@ -136,7 +136,8 @@ def retried(attempts: int, work: Callable[[], None], pause: float = 5.0) -> None
         except LabError as error:
             if attempt == attempts:
                 raise
-            say(f"    {str(error).splitlines()[0]}")
+            lines = str(error).splitlines()
+            say(f"    {lines[0]} {lines[-1] if len(lines) > 1 else ''}".rstrip())
             say(f"    trying again ({attempt + 1} of {attempts})")
             time.sleep(pause)
     return None
