@@ -79,8 +79,8 @@ module Lab
 
     raise InventoryError, "#{path}: expected a mapping with the key 'all'"
   rescue Errno::ENOENT
-    topologies = Dir[File.join(File.dirname(path, 2), "*", "hosts.yml")]
-                 .map { |file| File.basename(File.dirname(file)) }.sort
+    topologies = Dir[File.join(File.dirname(path, 2), "*", "group_vars", "all", "lab.yml")]
+                 .map { |file| File.basename(File.dirname(file, 3)) }.sort
     raise InventoryError, "#{path}: no such inventory; TOPOLOGY is one of: #{topologies.join(", ")}"
   rescue Psych::Exception => e
     raise InventoryError, "#{path}: #{e.message}"

@@ -63,8 +63,8 @@ class Container:
 
 
 def topologies() -> list[str]:
-    """Return the names of the inventories that describe machines."""
-    return sorted(file.parent.name for file in paths.INVENTORY.glob("*/hosts.yml"))
+    """Return the names of the inventories that the lab can boot; production's are not of them."""
+    return sorted(file.parents[2].name for file in paths.INVENTORY.glob("*/group_vars/all/lab.yml"))
 
 
 def derived(topology: str) -> tuple[str, list[Machine]]:
@@ -298,6 +298,12 @@ def vagrant(*arguments: str) -> list[str]:
     return ["env", "IOT_LAB_PREPARED=1", "vagrant", *arguments]
 
 
-def topology_from_environment() -> str:
-    """Return the topology that the environment names."""
-    return os.environ.get("TOPOLOGY") or "couchdb"
+def in_containers() -> bool:
+    """Tell whether the hosts are containers here, and not another provider's machines."""
+    return os.environ.get("VAGRANT_DEFAULT_PROVIDER", "docker") == "docker"
+
+
+def has_other_machines() -> bool:
+    """Tell whether Vagrant has records of machines that are no containers."""
+    records = paths.VAGRANT_MACHINES.glob("*/*/id")
+    return any(record.parent.name != "docker" for record in records)

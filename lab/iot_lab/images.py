@@ -29,6 +29,12 @@ PACKAGES = (
     "systemd",
     "systemd-sysv",
 )
+OPTIONS = (
+    "--variant=important",
+    # A build that loses power is started anew, so nothing needs to wait for the disk.
+    "--dpkgopt=force-unsafe-io",
+    f"--include={','.join(PACKAGES)}",
+)
 SOURCE = paths.ROOT / "lab" / "image"
 INPUTS_LABEL = "iot-lab.inputs"
 ATTEMPTS = 3
@@ -81,10 +87,7 @@ def _import(system: str, base: str) -> None:
         logged(
             f"debian-{system}",
             root_command(
-                *("env", "TMPDIR=/var/tmp", "mmdebstrap", "--variant=important"),
-                # A build that loses power is started anew, so nothing needs to wait for the disk.
-                "--dpkgopt=force-unsafe-io",
-                *(f"--include={','.join(PACKAGES)}", suite, str(archive)),
+                *("env", "TMPDIR=/var/tmp", "mmdebstrap", *OPTIONS, suite, str(archive)),
                 *mirrors(suite, _repositories()),
             ),
             title=system,
@@ -129,7 +132,7 @@ def remove() -> None:
 
 
 def _digest_of_base(system: str) -> str:
-    return hashlib.sha256(repr((SUITES[system], PACKAGES)).encode()).hexdigest()[:12]
+    return hashlib.sha256(repr((SUITES[system], OPTIONS)).encode()).hexdigest()[:12]
 
 
 def _digest(system: str) -> str:

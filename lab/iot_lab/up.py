@@ -14,7 +14,7 @@ from pathlib import Path
 
 from iot_lab import artifacts, hosts, images, machine, paths, remote, report, setup
 from iot_lab.console import Colour, duration, is_coloured, paint, say, step
-from iot_lab.shell import LabError, locked
+from iot_lab.shell import LabError, answer, locked
 
 LITTER = (".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", ".ansible", ".cache")
 FIRST_IMAGES = 3
@@ -32,6 +32,8 @@ class Options:
 
 def check(topology: str) -> None:
     """Raise LabError, naming every problem, when this machine cannot run the hosts."""
+    if not hosts.in_containers():
+        return
     memory = 0
     with suppress(LabError):  # Ruby, which reads the inventory, may not be installed yet.
         if not _is_up(topology):
@@ -72,7 +74,7 @@ def up(options: Options) -> int:
         setup.setup("lab")
     check(options.topology)
     with step("Prepare the base images, the archives and the network"):
-        prepare(options)
+        prepare(options, with_hosts=hosts.in_containers())
     paths.MOLECULE_HOSTS.unlink(missing_ok=True)
     with step("Boot the hosts (vagrant up)"):
         _run(hosts.vagrant("up", "--no-provision"), options, "vagrant up")
@@ -119,15 +121,18 @@ def destroy() -> None:
     The secrets are the hosts' own and worth nothing without them; the next lab makes up new ones.
     """
     with locked("hosts"):
-        hosts.destroy()
+        if hosts.has_other_machines():
+            answer(*hosts.vagrant("destroy", "--force"))
+        if shutil.which("podman"):
+            hosts.destroy()
         shutil.rmtree(paths.SECRETS, ignore_errors=True)
         paths.MOLECULE_HOSTS.unlink(missing_ok=True)
 
 
 def clean() -> None:
     """Remove everything that was made in this checkout: hosts, images, tools and downloads."""
+    destroy()
     if shutil.which("podman"):
-        destroy()
         images.remove()
     for folder in (paths.STATE, paths.VAGRANT_MACHINES.parent, *map(paths.ROOT.joinpath, LITTER)):
         shutil.rmtree(folder, ignore_errors=True)
