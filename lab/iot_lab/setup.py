@@ -11,17 +11,19 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from iot_lab import paths
 from iot_lab.artifacts import apps_wheel
-from iot_lab.console import say, step
+from iot_lab.console import duration, say, step
 from iot_lab.shell import LabError, answer, locked, logged, retried, root_command, shown, succeeds
 
 ATTEMPTS = 3
 APT_OPTIONS = ("-o", "DPkg::Lock::Timeout=600", "-o", "Acquire::Retries=3")
-QUIET_PIP = ("--disable-pip-version-check", "--no-input", "--progress-bar=off")
+# Python compiles what is used when it is first used: of Ansible's 50,000 files that is little.
+PIP_OPTIONS = ("--disable-pip-version-check", "--no-input", "--progress-bar=off", "--no-compile")
 
 HOSTS = (
     "ca-certificates",
@@ -55,8 +57,19 @@ def setup(profile: str) -> None:
 
     Raises LabError when apt or pip cannot install something.
     """
-    with locked("setup"):
+    packages(profile)
+    environments(profile)
+
+
+def packages(profile: str) -> None:
+    """Install the Debian packages that a profile needs. Raises LabError when apt cannot."""
+    with locked("packages"):
         _install(_missing(profile))
+
+
+def environments(profile: str) -> None:
+    """Fill the virtual environments that a profile needs. Raises LabError when pip cannot."""
+    with locked("environments"):
         if profile in {"lab", "test"}:
             _tools()
         if profile != "lab":
@@ -106,9 +119,9 @@ def _version(program: str, flag: str) -> int:
     return int(found.group()) if found and done.returncode == 0 else 0
 
 
-def _installed(packages: Sequence[str]) -> set[str]:
+def _installed(names: Sequence[str]) -> set[str]:
     done = subprocess.run(
-        ["dpkg-query", "--show", "--showformat", "${Package} ${db:Status-Status}\n", *packages],
+        ["dpkg-query", "--show", "--showformat", "${Package} ${db:Status-Status}\n", *names],
         check=False,
         capture_output=True,
         text=True,
@@ -117,11 +130,10 @@ def _installed(packages: Sequence[str]) -> set[str]:
     return {package for package, status in lines if status == "installed"}
 
 
-def _install(packages: Iterable[str]) -> None:
-    packages = list(packages)
-    if not packages:
+def _install(names: Sequence[str]) -> None:
+    if not names:
         return
-    with step(f"Install Debian packages: {' '.join(packages)}"):
+    with step(f"Install Debian packages: {' '.join(names)}"):
         apt = root_command("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", *APT_OPTIONS)
         try:
             retried(ATTEMPTS, lambda: logged("apt-update", [*apt, "update"]))
@@ -129,7 +141,7 @@ def _install(packages: Iterable[str]) -> None:
             # One broken repository of many is no reason to give up: what is needed may not be
             # in it.
             say(f"    {str(error).splitlines()[0]}; going on with the lists there are")
-        install = [*apt, "install", "--yes", "--no-install-recommends", *packages]
+        install = [*apt, "install", "--yes", "--no-install-recommends", *names]
         retried(ATTEMPTS, lambda: logged("apt-install", install))
 
 
@@ -155,7 +167,7 @@ def _apps() -> None:
     if record.exists() and record.read_text() == digest:
         return
     record.unlink(missing_ok=True)
-    pip = [str(paths.APPS / "bin" / "python"), "-m", "pip", "install", *QUIET_PIP]
+    pip = [str(paths.APPS / "bin" / "python"), "-m", "pip", "install", *PIP_OPTIONS]
     answer(*pip, "--no-deps", "--force-reinstall", str(wheel))
     record.write_text(digest)
 
@@ -176,19 +188,25 @@ def _environment(
     digest = hashlib.sha256(b"".join(lock.read_bytes() for lock in locks)).hexdigest()
     if record.exists() and record.read_text() == digest and succeeds(str(python), "-c", ""):
         return
-    with step(f"Install the Python packages of {shown(folder)}"):
-        record.unlink(missing_ok=True)
-        fresh = ["/usr/bin/python3", "-m", "venv", "--clear", *options, str(folder)]
-        if not succeeds(str(python), "-m", "pip", "--version"):
-            answer(*fresh)
-        pip = [str(python), "-m", "pip", "install", *QUIET_PIP, *requirements]
-        try:
-            retried(ATTEMPTS, lambda: logged(f"pip-{name}", pip, environment=_pip_environment()))
-        except LabError:
-            # What is left of an interrupted installation can be in the way.
-            answer(*fresh)
-            logged(f"pip-{name}", pip, environment=_pip_environment())
-        record.write_text(digest)
+    say(f"    {name}: installing Python packages into {shown(folder)}")
+    started = time.monotonic()
+    record.unlink(missing_ok=True)
+    fresh = ["/usr/bin/python3", "-m", "venv", "--clear", *options, str(folder)]
+    if not succeeds(str(python), "-m", "pip", "--version"):
+        answer(*fresh)
+    pip = [str(python), "-m", "pip", "install", *PIP_OPTIONS, *requirements]
+
+    def install() -> None:
+        logged(f"pip-{name}", pip, environment=_pip_environment(), title=name)
+
+    try:
+        retried(ATTEMPTS, install)
+    except LabError:
+        # What is left of an interrupted installation can be in the way.
+        answer(*fresh)
+        install()
+    record.write_text(digest)
+    say(f"    {name}: installed in {duration(time.monotonic() - started)}")
 
 
 def _pip_environment() -> dict[str, str]:

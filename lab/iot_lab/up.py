@@ -70,11 +70,15 @@ def up(options: Options) -> int:
     started = time.monotonic()
     with step("Check this machine"):
         check(options.topology)
-    with step("Install what is missing on this machine"):
-        setup.setup("lab")
+    setup.packages("lab")
     check(options.topology)
-    with step("Prepare the base images, the archives and the network"):
+    with (
+        step("Prepare Ansible, the base images, the archives and the network"),
+        ThreadPoolExecutor(max_workers=1) as pool,
+    ):
+        tools = pool.submit(setup.environments, "lab")
         prepare(options, with_hosts=hosts.in_containers())
+        tools.result()
     paths.MOLECULE_HOSTS.unlink(missing_ok=True)
     with step("Boot the hosts (vagrant up)"):
         _run(hosts.vagrant("up", "--no-provision"), options, "vagrant up")
