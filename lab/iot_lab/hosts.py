@@ -295,7 +295,7 @@ def _remove(found: Sequence[Container]) -> None:
 
 def vagrant(*arguments: str) -> list[str]:
     """Return the command that runs Vagrant on what is already prepared."""
-    return ["env", "IOT_LAB_PREPARED=1", "vagrant", *arguments]
+    return ["env", "IOT_LAB_PREPARED=1", "VAGRANT_CHECKPOINT_DISABLE=1", "vagrant", *arguments]
 
 
 def in_containers() -> bool:

@@ -43,8 +43,7 @@ def check(topology: str) -> None:
         listed = "\n".join(f"  - {problem.what}:\n    {problem.help}" for problem in problems)
         raise LabError(
             f"this machine cannot run the lab's hosts:\n{listed}\n"
-            "'make demo' runs the same pipeline here as plain processes, without hosts and "
-            "without root."
+            "'make demo' runs the same pipeline here as plain processes, without hosts."
         )
 
 
