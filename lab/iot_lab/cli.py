@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -174,7 +175,7 @@ def _audit(options: argparse.Namespace) -> int:
     storage = report.auditor(hosts.machines(options.topology))
     if storage is None:
         raise LabError("no host of the inventory is in the group storage_nodes")
-    words = report.quoted(["sudo", "iot-pipeline", "audit", *options.passed_on])
+    words = shlex.join(["sudo", "iot-pipeline", "audit", *options.passed_on])
     return _replace(remote.command(storage, words))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -240,8 +239,3 @@ def _images(audit: Mapping[str, Any], *, coloured: bool) -> str:
             f"95 % within {p95:.2f} s"
         )
     return "\n".join(lines)
-
-
-def quoted(words: Sequence[str]) -> str:
-    """Return words as one line for a remote shell."""
-    return shlex.join(words)
