@@ -17,11 +17,9 @@ from iot_lab.shell import LabError
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand and return its exit status."""
     words = sys.argv[1:] if arguments is None else arguments
-    # These have their own options, which argparse would take for ours.
-    if words[:1] == ["artifacts"]:
-        return artifacts.main(words[1:])
+    # What follows these names is theirs to read: argparse would stumble over its options.
     passed_on: list[str] = []
-    if words[:1] in (["audit"], ["demo"]):
+    if words[:1] in (["artifacts"], ["audit"], ["demo"]):
         words, passed_on = words[:1], words[1:]
     options = _parser().parse_args(words)
     options.passed_on = passed_on
@@ -100,8 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("systems", nargs="*", metavar="SYSTEM", help=", ".join(images.SUITES))
 
     add("key", _key, "make the lab's SSH key and print its path")
-    # Listed here for the help; main() hands its arguments on.
-    add("artifacts", _key, "build the archives of Kafka and of the database, and the apps' wheel")
+    add(
+        "artifacts",
+        _artifacts,
+        "build the archives of Kafka and of the database, and the apps' wheel",
+    )
 
     command = add("status", _status, "show hosts and services")
     add_topology(command)
@@ -161,6 +162,10 @@ def _images(options: argparse.Namespace) -> int:
 def _key(_: argparse.Namespace) -> int:
     say(str(setup.ssh_key()))
     return 0
+
+
+def _artifacts(options: argparse.Namespace) -> int:
+    return artifacts.main(options.passed_on)
 
 
 def _status(options: argparse.Namespace) -> int:
