@@ -16,7 +16,10 @@ from typing import Any
 from iot_lab import paths
 from iot_lab.console import duration, say
 
-HEARTBEAT = 10.0  # seconds between two lines about a program that is still at work
+# Seconds between two lines about a program that is still at work: one when it says something new,
+# and one in any case.
+NEWS = 10.0
+HEARTBEAT = 30.0
 SHOWN_ON_FAILURE = 25  # lines of its log
 WIDTH = 90  # columns of its last line that a heartbeat shows
 TERMINAL_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
@@ -83,6 +86,7 @@ def logged(
     title = title or name
     started = time.monotonic()
     last = [""]
+    told, told_at = "", started
     try:
         process = subprocess.Popen(
             command,
@@ -110,11 +114,13 @@ def logged(
     try:
         while True:
             try:
-                status = process.wait(HEARTBEAT)
+                status = process.wait(NEWS)
                 break
             except subprocess.TimeoutExpired:
-                passed = duration(time.monotonic() - started)
-                say(f"    {title}: {passed}, {last[0][:WIDTH]}")
+                now = time.monotonic()
+                if last[0] != told or now - told_at >= HEARTBEAT:
+                    told, told_at = last[0], now
+                    say(f"    {title}: {duration(now - started)}, {told[:WIDTH]}")
     except BaseException:
         process.terminate()
         process.wait()
