@@ -67,7 +67,8 @@ def _build(system: str) -> None:
     arguments = ("--build-arg", f"BASE={base}", "--label", f"{INPUTS_LABEL}={_digest(system)}")
     logged(
         f"image-{system}",
-        [str(paths.ENGINE), "build", *arguments, "--tag", unchecked, str(SOURCE)],
+        # Without layers there is no cache, which could hold what an interrupted build left.
+        [str(paths.ENGINE), "build", "--layers=false", *arguments, "--tag", unchecked, str(SOURCE)],
         title=system,
     )
     # Only an image that works gets the name that hosts are made from.
@@ -151,10 +152,16 @@ def _is_current(system: str) -> bool:
 
 
 def _is_whole(image: str) -> bool:
-    """Tell whether an image exists with all its layers; an interrupted write can lose some."""
+    """Tell whether an image exists with all its layers; an interrupted write can lose some.
+
+    One that lost some is removed.
+    """
     if not succeeds(str(paths.ENGINE), "image", "exists", image):
         return False
     if not succeeds(str(paths.ENGINE), "image", "mount", image):
+        # Its layers would be taken for good when the same are written again. An image that hosts
+        # are made of stays, without a name once the new one has it.
+        succeeds(str(paths.ENGINE), "rmi", image)
         return False
     engine("image", "unmount", image)
     return True
