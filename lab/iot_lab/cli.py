@@ -11,7 +11,7 @@ from pathlib import Path
 
 from iot_lab import artifacts, hosts, images, locks, paths, remote, report, setup, up
 from iot_lab.console import Colour, paint, say, step
-from iot_lab.shell import LabError
+from iot_lab.shell import LabError, stop_on_signals
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(words)
     options.passed_on = passed_on
     command: Callable[[argparse.Namespace], int] = options.command
+    stop_on_signals()
     try:
         return command(options)
     except LabError as error:

@@ -99,14 +99,15 @@ def machines(topology: str) -> list[Machine]:
 
 
 def containers() -> list[Container]:
-    """Return every container with the lab's label, running or not."""
-    listed = engine("ps", "--all", "--filter", f"label={LABEL}", "--format", "json")
+    """Return every container with the lab's labels, running or not."""
+    labels = ("--filter", f"label={LABEL}", "--filter", f"label={ROOT_LABEL}")
+    listed = engine("ps", "--all", *labels, "--format", "json")
     return [
         Container(
             id=entry["Id"],
             name=first(entry["Names"], ""),
             topology=entry["Labels"][LABEL],
-            root=entry["Labels"].get(ROOT_LABEL, ""),
+            root=entry["Labels"][ROOT_LABEL],
             state=entry["State"],
             pid=entry["Pid"],
         )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from iot_lab import paths
@@ -22,11 +24,27 @@ NEWS = 10.0
 HEARTBEAT = 30.0
 SHOWN_ON_FAILURE = 25  # lines of its log
 WIDTH = 90  # columns of its last line that a heartbeat shows
+_stopping = threading.Event()
+_at_work: set[subprocess.Popen[str]] = set()
+
 TERMINAL_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 
 
 class LabError(Exception):
     """The lab cannot go on; the message says why and what to do."""
+
+
+def stop_on_signals() -> None:
+    """Let Ctrl-C and SIGTERM end this program at once, with the programs that its threads run."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        _stopping.set()
+        for process in list(_at_work):
+            process.terminate()
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
 
 
 def root_command(*command: str) -> list[str]:
@@ -111,6 +129,7 @@ def logged(
 
     reader = threading.Thread(target=follow, daemon=True)
     reader.start()
+    _at_work.add(process)
     try:
         while True:
             try:
@@ -121,10 +140,8 @@ def logged(
                 if last[0] != told or now - told_at >= HEARTBEAT:
                     told, told_at = last[0], now
                     say(f"    {title}: {duration(now - started)}, {told[:WIDTH]}")
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
+    finally:
+        _at_work.discard(process)
     reader.join()
     if status != 0:
         end = "\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_ON_FAILURE:])
@@ -140,7 +157,7 @@ def retried(attempts: int, work: Callable[[], None], pause: float = 5.0) -> None
         try:
             return work()
         except LabError as error:
-            if attempt == attempts:
+            if attempt == attempts or _stopping.is_set():
                 raise
             lines = str(error).splitlines()
             say(f"    {lines[0]} {lines[-1] if len(lines) > 1 else ''}".rstrip())
