@@ -144,12 +144,13 @@ def destroy() -> None:
 def _keep(container: Container, topology: str, wanted: Sequence[Machine]) -> bool:
     """Tell whether a container may stay. One that may not is removed."""
     if not container.is_ours():
-        if (Path(container.root) / "Vagrantfile").exists():
+        in_use = container.state in STARTABLE or container.is_alive()
+        if in_use and (Path(container.root) / "Vagrantfile").exists():
             raise LabError(
                 f"the lab of {container.root} holds the addresses: its host {container.name} "
                 f"exists. Destroy it first: make -C {container.root} lab-destroy"
             )
-        _tell("a host of a checkout that is gone", container)
+        _tell("a host of another checkout, gone or killed", container)
         _remove([container])
         return False
     if container.topology != topology:
