@@ -291,6 +291,6 @@ def test_photographs_are_recognised(shipped: Classifier) -> None:
     if not archive.is_file():
         pytest.skip(f"no CIFAR-10 images at {archive}; set IOT_TEST_DATA to the folder of cifar10/")
     images = sorted(labelled(archive))
-    # The card's figure is of all 5,000. A share near 0.88 of every fifth strays by 0.01 (one standard
-    # error), so this leaves room for two.
+    # The card's figure is of all 5,000. A share near 0.88 of every fifth strays by 0.01 (one
+    # standard error), so this leaves room for two.
     assert accuracy(shipped, images[:: max(1, len(images) // 1000)]) >= 0.86
