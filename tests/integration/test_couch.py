@@ -13,7 +13,7 @@ import pytest
 from iot_lab.processes import Database
 from iot_pipeline import couch
 from iot_pipeline.couch import CouchDatabase
-from iot_pipeline.errors import ConfigError, SinkUnavailable
+from iot_pipeline.errors import ConfigError, Reason, SinkUnavailable
 from iot_pipeline.schema import (
     STORED_AT,
     Document,
@@ -21,6 +21,7 @@ from iot_pipeline.schema import (
     PredictionMessage,
     document,
     is_complete,
+    merge,
     uuid7,
 )
 from iot_pipeline.settings import StoreSettings
@@ -154,11 +155,37 @@ def test_large_documents_go_in_requests_of_bounded_size(
     monkeypatch.setattr(couch, "WRITE_BYTES", 2000)
     monkeypatch.setattr(couch, "READ_DOCUMENTS", 4)
     identifiers = [uuid7() for _ in range(10)]
+    store = connect()
+    requests = {image: 3, prediction: 3 + 3}  # predictions are looked up first
     fed: list[int] = []
-    documents = {name: image(name) for name in identifiers}
-    outcome = connect().merge_in(documents, lambda: fed.append(1))
-    assert sorted(outcome.stored) == identifiers
-    assert len(fed) >= 3 + 4
+    for half, least in requests.items():
+        fed.clear()
+        outcome = store.merge_in({name: half(name) for name in identifiers}, lambda: fed.append(1))
+        assert sorted(outcome.stored) == identifiers
+        assert len(fed) >= least
+    assert all(map(is_complete, store.scan()))
+
+
+def test_a_document_the_database_will_never_take_is_refused_and_the_rest_stored(
+    connect: Callable[..., CouchDatabase],
+) -> None:
+    documents = {name: image(name) for name in (uuid7() for _ in range(5))}
+    too_large = sorted(documents)[3]
+    documents[too_large]["Data"] = "A" * 8_000_000  # CouchDB's max_document_size
+    outcome = connect().merge_in(documents, nothing)
+    assert list(outcome.refused) == [too_large]
+    assert outcome.refused[too_large].reason is Reason.REFUSED_BY_DATABASE
+    assert sorted([*outcome.stored, too_large]) == sorted(documents)
+
+
+def test_an_image_at_hand_with_its_prediction_is_written_once(
+    connect: Callable[..., CouchDatabase],
+) -> None:
+    store, identifier = connect(), uuid7()
+    store.merge_in({identifier: merge(image(identifier), prediction(identifier))}, nothing)
+    [found] = store.scan()
+    assert found["_rev"].startswith("1-")
+    assert STORED_AT in found
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import os
 import random
 import signal
 import socket
+import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +25,7 @@ from kafka.errors import (
 from kafka.structs import MemberState, OffsetAndMetadata, TopicPartition
 
 from iot_pipeline import metrics, worker
+from iot_pipeline.dead_letters import DeadLetterLimit
 from iot_pipeline.errors import (
     ConfigError,
     InvalidMessage,
@@ -31,10 +34,11 @@ from iot_pipeline.errors import (
     SinkUnavailable,
     TooManyDeadLetters,
 )
+from iot_pipeline.pipeline import MAX_IN_FLIGHT, Beat
 from iot_pipeline.schema import DeadLetter, Record
 from iot_pipeline.service import Service
 from iot_pipeline.settings import InferSettings
-from iot_pipeline.worker import DeadLetterLimit, Membership, Worker
+from iot_pipeline.worker import Membership, Worker
 
 ONE = TopicPartition("iot-topic", 0)
 TWO = TopicPartition("iot-topic", 1)
@@ -67,7 +71,10 @@ class Log:
 
 
 class FakeConsumer:
-    """A consumer over partitions held in memory, with the client's rules for pause and seek."""
+    """A consumer over partitions held in memory, with the client's rules for pausing.
+
+    It stops the service once everything is committed.
+    """
 
     def __init__(self, log: Log, membership: Membership, service: Service) -> None:
         self.log = log
@@ -75,11 +82,12 @@ class FakeConsumer:
         self.service = service
         self.partitions: dict[TopicPartition, list[bytes]] = defaultdict(list)
         self.positions: dict[TopicPartition, int] = {}
-        self.paused: set[TopicPartition] = set()
+        self.paused_partitions: set[TopicPartition] = set()
+        self.hidden: set[TopicPartition] = set()
+        self.give_up_at = time.monotonic() + 10
         self.committed: dict[TopicPartition, int] = {}
         self.commit_errors: list[Exception] = []
         self.poll_errors: list[Exception] = []
-        self.idle_polls = 0
         self.on_poll: list[Callable[[], None]] = []
         self.state = MemberState.STABLE
 
@@ -95,19 +103,19 @@ class FakeConsumer:
     def revoke(self, *partitions: TopicPartition) -> None:
         for partition in partitions:
             del self.positions[partition]
-            self.paused.discard(partition)
+            self.paused_partitions.discard(partition)
         self.membership.on_partitions_revoked(set(partitions))
 
     def poll(self, timeout_ms: int, max_records: int) -> dict[TopicPartition, list[Any]]:
         assert timeout_ms >= 0
-        self.log.add("poll", set(self.paused))
+        self.log.add("poll", set(self.paused_partitions))
         if self.on_poll:
             self.on_poll.pop(0)()
         if self.poll_errors:
             raise self.poll_errors.pop(0)
         polled: dict[TopicPartition, list[Any]] = {}
         for partition, start in list(self.positions.items()):
-            if partition in self.paused:
+            if partition in self.paused_partitions | self.hidden:
                 continue
             values = self.partitions[partition][start : start + max_records]
             if values:
@@ -116,10 +124,13 @@ class FakeConsumer:
                     for place, value in enumerate(values)
                 ]
                 self.positions[partition] = start + len(values)
-        if not polled and not self.paused:
-            self.idle_polls += 1
-            if self.idle_polls > 2:
-                self.service.stop()
+        if not polled:
+            time.sleep(min(timeout_ms / 1000, 0.001))
+        ends = {partition: len(self.partitions[partition]) for partition in self.positions}
+        if ends == {partition: self.committed.get(partition, 0) for partition in ends}:
+            self.service.stop()
+        if time.monotonic() > self.give_up_at:
+            self.service.stop()
         return polled
 
     def commit(self, offsets: dict[TopicPartition, OffsetAndMetadata], timeout_ms: int) -> None:
@@ -139,16 +150,16 @@ class FakeConsumer:
     def highwater(self, partition: TopicPartition) -> int | None:
         return len(self.partitions[partition])
 
+    def paused(self) -> set[TopicPartition]:
+        return set(self.paused_partitions)
+
     def pause(self, *partitions: TopicPartition) -> None:
         assert set(partitions) <= self.assignment()
-        self.paused |= set(partitions)
+        self.paused_partitions |= set(partitions)
 
     def resume(self, *partitions: TopicPartition) -> None:
-        self.paused -= set(partitions)
-
-    def seek(self, partition: TopicPartition, offset: int) -> None:
-        assert partition in self.positions
-        self.positions[partition] = offset
+        assert set(partitions) <= self.assignment()
+        self.paused_partitions -= set(partitions)
 
     def close(self, autocommit: bool, timeout_ms: int) -> None:
         assert not autocommit
@@ -199,6 +210,7 @@ class FakeStage:
         self.log = log
         self.errors: list[Exception] = []
         self.on_handle: list[Callable[[], None]] = []
+        self.on_deliver: list[Callable[[], None]] = []
 
     def decode(self, record: Record) -> bytes:
         assert record.value is not None
@@ -206,16 +218,23 @@ class FakeStage:
             raise InvalidMessage(Reason.INVALID_JSON, "not JSON")
         return record.value
 
-    def handle(self, batch: Sequence[bytes]) -> Mapping[int, InvalidMessage]:
-        self.log.add("try", list(batch))
+    def handle(self, items: Sequence[bytes]) -> list[bytes]:
+        self.log.add("handle", list(items))
         if self.on_handle:
             self.on_handle.pop(0)()
+        return list(items)
+
+    def deliver(self, result: list[bytes], beat: Beat) -> Mapping[int, InvalidMessage]:
+        beat()
+        self.log.add("try", result)
+        if self.on_deliver:
+            self.on_deliver.pop(0)()
         if self.errors:
             raise self.errors.pop(0)
-        self.log.add("written", [value for value in batch if value != b"refused by sink"])
+        self.log.add("written", [value for value in result if value != b"refused by sink"])
         return {
             place: InvalidMessage(Reason.REFUSED_BY_DATABASE, "no")
-            for place, value in enumerate(batch)
+            for place, value in enumerate(result)
             if value == b"refused by sink"
         }
 
@@ -269,7 +288,10 @@ def test_no_batch_is_larger_than_set(rig: Rig) -> None:
     rig.consumer.add(ONE, b"a", b"b", b"c", b"d", b"e")
     rig.run()
     assert rig.log.named("written") == [[b"a", b"b"], [b"c", b"d"], [b"e"]]
-    assert [commit[ONE] for commit in rig.log.named("commit")] == [2, 4, 5]
+    commits = [commit[ONE] for commit in rig.log.named("commit")]
+    assert commits == sorted(commits)
+    assert set(commits) <= {2, 4, 5}
+    assert commits[-1] == 5
 
 
 def test_nothing_is_committed_while_the_sink_is_down(rig: Rig) -> None:
@@ -282,15 +304,22 @@ def test_nothing_is_committed_while_the_sink_is_down(rig: Rig) -> None:
     assert rig.consumer.committed == {ONE: 2}
 
 
-def test_the_member_keeps_polling_paused_while_the_sink_is_down(rig: Rig) -> None:
-    rig.consumer.add(ONE, b"a")
-    rig.stage.errors = [SinkUnavailable("down")] * 2
+def test_while_the_sink_is_down_polling_goes_on_and_full_partitions_are_paused(rig: Rig) -> None:
+    rig.settings = replace(rig.settings, max_batch_size=2)
+    values = [b"%d" % number for number in range(100)]
+    rig.consumer.add(ONE, *values)
+    rig.stage.errors = [SinkUnavailable("down")] * 20
+    taken: list[int] = []
+    rig.stage.on_deliver = [lambda: taken.append(rig.consumer.positions[ONE])] * 20
     rig.run()
-    between = rig.log.events[rig.log.names().index("try") : rig.log.names().index("written")]
+    names = rig.log.names()
+    between = rig.log.events[names.index("try") : names.index("written")]
     polls = [paused for name, paused in between if name == "poll"]
     assert polls
-    assert all(paused == {ONE} for paused in polls)
-    assert not rig.consumer.paused  # and goes on afterwards
+    assert polls[-1] == {ONE}
+    assert max(taken) <= 2 * (MAX_IN_FLIGHT + 2)
+    assert [value for batch in rig.log.named("written") for value in batch] == values
+    assert rig.consumer.committed == {ONE: 100}
 
 
 def test_a_partition_that_comes_during_an_outage_waits_and_loses_nothing(rig: Rig) -> None:
@@ -299,7 +328,7 @@ def test_a_partition_that_comes_during_an_outage_waits_and_loses_nothing(rig: Ri
     rig.stage.errors = [SinkUnavailable("down")] * 2
     rig.consumer.on_poll = [lambda: None, lambda: rig.consumer.assign(TWO)]
     rig.run()
-    assert rig.log.named("written") == [[b"a"], [b"b", b"c"]]
+    assert [value for batch in rig.log.named("written") for value in batch] == [b"a", b"b", b"c"]
     assert rig.consumer.committed == {ONE: 1, TWO: 2}
 
 
@@ -309,15 +338,17 @@ def test_a_revoked_partition_s_records_are_left_to_their_new_owner(rig: Rig) -> 
     rig.stage.errors = [SinkUnavailable("down")]
     rig.consumer.on_poll = [lambda: None, lambda: rig.consumer.revoke(TWO)]
     rig.run()
-    assert rig.log.named("written") == [[b"a"]]
     assert rig.consumer.committed == {ONE: 1}
 
 
 def test_a_batch_whose_partitions_are_all_revoked_is_dropped(rig: Rig) -> None:
     rig.consumer.add(ONE, b"a")
-    rig.stage.errors = [SinkUnavailable("down")] * 100
+    rig.consumer.add(TWO)
+    rig.stage.errors = [SinkUnavailable("down")] * 1_000_000
     rig.consumer.on_poll = [lambda: None, lambda: rig.consumer.revoke(ONE)]
+    started = time.monotonic()
     rig.run()
+    assert time.monotonic() < rig.consumer.give_up_at, time.monotonic() - started
     assert rig.log.named("written") == []
     assert rig.consumer.committed == {}
 
@@ -326,9 +357,12 @@ def test_an_offset_is_not_committed_for_a_partition_that_is_gone(rig: Rig) -> No
     rig.consumer.add(ONE, b"a")
     rig.consumer.add(TWO, b"b")
     rig.consumer.commit_errors = [CommitFailedError()]
-    rig.consumer.on_poll = [lambda: None, lambda: rig.consumer.revoke(TWO)]
+    rig.stage.on_deliver = [
+        lambda: rig.consumer.on_poll.append(lambda: rig.consumer.revoke(TWO)),
+    ]
     rig.run()
-    assert rig.log.named("commit") == [{ONE: 1}]
+    assert all(TWO not in commit for commit in rig.log.named("commit")[1:])
+    assert rig.consumer.committed[ONE] == 1
 
 
 def test_sigterm_lets_the_batch_in_hand_finish_and_commits_it(rig: Rig) -> None:
@@ -348,26 +382,121 @@ def test_sigterm_lets_the_batch_in_hand_finish_and_commits_it(rig: Rig) -> None:
 
 def test_stopping_while_the_sink_is_down_commits_nothing(rig: Rig) -> None:
     rig.consumer.add(ONE, b"a")
-    rig.stage.errors = [SinkUnavailable("down")] * 100
-    rig.stage.on_handle = [rig.service.stop]
+    rig.stage.errors = [SinkUnavailable("down")] * 1_000_000
+    rig.stage.on_deliver = [rig.service.stop]
     rig.run()
-    assert len(rig.log.named("try")) == 1
+    assert rig.log.named("written") == []
     assert rig.consumer.committed == {}
     assert rig.log.names()[-1] == "close"
 
 
-def test_stopping_during_the_wait_for_the_sink_commits_only_what_was_done(rig: Rig) -> None:
+def test_stopping_during_an_outage_commits_only_what_was_done(rig: Rig) -> None:
     rig.settings = replace(rig.settings, max_batch_size=1)
     rig.consumer.add(ONE, b"a", b"b")
 
     def fail_from_now_on() -> None:
-        rig.stage.errors = [SinkUnavailable("down")] * 100
+        rig.stage.errors = [SinkUnavailable("down")] * 1_000_000
         rig.consumer.on_poll = [rig.service.stop]
 
-    rig.stage.on_handle = [lambda: None, fail_from_now_on]
+    rig.stage.on_deliver = [lambda: None, fail_from_now_on]
     rig.run()
     assert rig.log.named("written") == [[b"a"]]
     assert rig.consumer.committed == {ONE: 1}
+
+
+def test_decoding_runs_ahead_of_the_model(rig: Rig) -> None:
+    rig.settings = replace(rig.settings, max_batch_size=1)
+    rig.consumer.add(ONE, b"a", b"b")
+    decoded = threading.Event()
+    decode = rig.stage.decode
+
+    def watched(record: Record) -> bytes:
+        if record.value == b"b":
+            decoded.set()
+        return decode(record)
+
+    rig.stage.decode = watched  # type: ignore[method-assign] # to see when
+    waited: list[bool] = []
+    rig.stage.on_handle = [lambda: waited.append(decoded.wait(5))]
+    rig.run()
+    assert waited == [True]
+
+
+def test_the_model_does_not_wait_for_the_sink_and_nothing_is_committed_early(rig: Rig) -> None:
+    rig.settings = replace(rig.settings, max_batch_size=1)
+    rig.consumer.add(ONE, b"a", b"b")
+    handled = threading.Event()
+    seen: list[tuple[bool, dict[TopicPartition, int]]] = []
+    rig.stage.on_handle = [lambda: None, handled.set]
+    rig.stage.on_deliver = [lambda: seen.append((handled.wait(5), dict(rig.consumer.committed)))]
+    rig.run()
+    assert seen == [(True, {})]
+    assert rig.log.named("written") == [[b"a"], [b"b"]]
+    assert rig.consumer.committed == {ONE: 2}
+
+
+def test_what_comes_while_the_model_works_is_handled_together(rig: Rig) -> None:
+    rig.consumer.add(ONE, b"a")
+    more = [lambda value=value: rig.consumer.add(ONE, value) for value in (b"b", b"c")]
+    decoded = threading.Event()
+    decode = rig.stage.decode
+
+    def watched(record: Record) -> bytes:
+        if record.value == b"c":
+            decoded.set()
+        return decode(record)
+
+    def work() -> None:
+        rig.consumer.on_poll += more
+        assert decoded.wait(5)
+        time.sleep(0.05)
+
+    rig.stage.decode = watched  # type: ignore[method-assign] # to see when
+    rig.stage.on_handle = [work]
+    rig.run()
+    assert rig.log.named("handle") == [[b"a"], [b"b", b"c"]]
+    assert rig.consumer.committed == {ONE: 3}
+
+
+def test_a_lone_record_is_not_held_back(rig: Rig) -> None:
+    rig.settings = replace(rig.settings, max_batch_delay=10.0)
+    rig.consumer.add(ONE, b"a")
+    rig.consumer.add(TWO)
+    rig.run()
+    assert rig.log.named("written") == [[b"a"]]
+    assert time.monotonic() < rig.consumer.give_up_at - 5
+
+
+def test_a_batch_waits_for_records_that_the_broker_is_known_to_have(rig: Rig) -> None:
+    rig.settings = replace(rig.settings, max_batch_delay=10.0)
+    rig.consumer.add(ONE, b"a")
+    rig.consumer.add(TWO, b"b")
+    # So that there is something to compare the partition's end with.
+    rig.consumer.on_poll = [
+        lambda: None,
+        lambda: rig.consumer.hidden.add(TWO),
+        lambda: rig.consumer.add(TWO, b"d"),
+        lambda: rig.consumer.add(ONE, b"c"),
+        *[lambda: None] * 20,
+        rig.consumer.hidden.clear,
+    ]
+    rig.run()
+    assert rig.log.named("written") == [[b"a", b"b"], [b"c", b"d"]]
+
+
+def test_a_batch_does_not_wait_longer_than_set(rig: Rig) -> None:
+    rig.settings = replace(rig.settings, max_batch_delay=0.05)
+    rig.consumer.add(ONE, b"a")
+    rig.consumer.add(TWO, b"b")
+    rig.consumer.on_poll = [
+        lambda: None,
+        lambda: rig.consumer.hidden.add(TWO),
+        lambda: rig.consumer.add(TWO, b"d"),
+        lambda: rig.consumer.add(ONE, b"c"),
+    ]
+    rig.stage.on_deliver = [lambda: None, rig.consumer.hidden.clear]
+    rig.run()
+    assert rig.log.named("written") == [[b"a", b"b"], [b"c"], [b"d"]]
 
 
 def test_a_commit_that_fails_is_tried_again(rig: Rig) -> None:
@@ -570,17 +699,26 @@ def test_the_watchdog_is_fed_from_the_loop_also_while_the_sink_is_down(
     assert all(fed)
 
 
-def test_the_watchdog_goes_hungry_when_the_stage_hangs(systemd: Systemd, rig: Rig) -> None:
+def test_the_watchdog_goes_hungry_when_the_stage_hangs(
+    systemd: Systemd, rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "SILENCE_SECONDS", 0.1)
     rig.consumer.add(ONE, b"a")
     heard: list[list[str]] = []
 
     def hang() -> None:
-        systemd.heard()
-        heard.append(systemd.heard())
+        for seconds in (0.4, 0.2):
+            heard.append([])
+            until = time.monotonic() + seconds
+            while time.monotonic() < until:
+                heard[-1] += systemd.heard()
+                time.sleep(0.001)
 
     rig.stage.on_handle = [hang]
     rig.run()
-    assert heard == [[]]
+    assert "WATCHDOG=1" in heard[0]
+    assert "WATCHDOG=1" not in heard[1]
+    assert rig.log.named("written") == [[b"a"]]
 
 
 def test_the_outage_shows_in_the_status(systemd: Systemd, rig: Rig) -> None:
@@ -589,6 +727,3 @@ def test_the_outage_shows_in_the_status(systemd: Systemd, rig: Rig) -> None:
     rig.run()
     statuses = [line for line in systemd.heard() if line.startswith("STATUS=")]
     assert "STATUS=waiting for memory: connection refused" in statuses
-    assert statuses[statuses.index("STATUS=waiting for memory: connection refused") + 1] == (
-        "STATUS=working"
-    )

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +16,6 @@ from typing import Any, TypeVar
 import couchdb
 import couchdb.http
 
-from iot_pipeline import metrics
 from iot_pipeline.errors import ConfigError, InvalidMessage, Reason, SinkUnavailable
 from iot_pipeline.schema import (
     STORED_AT,
@@ -101,9 +99,12 @@ class CouchDatabase:
         """
         outcome = Outcome()
         waiting = dict(documents)
+        # An image is nearly always the first that is heard of its id. It is written without a look
+        # at what is there, and a conflict tells when something is.
+        new = {name for name, state in documents.items() if "Data" in state}
         for _ in range(CONFLICT_ROUNDS):
-            changed = self._changed(waiting, outcome, alive)
-            waiting = {}
+            changed = self._changed(waiting, new, outcome, alive)
+            new, waiting = set(), {}
             for chunk in _chunks(changed):
                 alive()
                 for identifier in self._write(chunk, outcome):
@@ -116,14 +117,19 @@ class CouchDatabase:
         )
 
     def _changed(
-        self, waiting: Mapping[str, Document], outcome: Outcome, alive: Callable[[], None]
+        self,
+        waiting: Mapping[str, Document],
+        new: Collection[str],
+        outcome: Outcome,
+        alive: Callable[[], None],
     ) -> list[Document]:
         """The documents that have to be written, in the order of their ids."""
         existing: dict[str, Document] = {}
         identifiers = sorted(waiting)
-        for start in range(0, len(identifiers), READ_DOCUMENTS):
+        known = [identifier for identifier in identifiers if identifier not in new]
+        for start in range(0, len(known), READ_DOCUMENTS):
             alive()
-            existing |= self.read(identifiers[start : start + READ_DOCUMENTS])
+            existing |= self.read(known[start : start + READ_DOCUMENTS])
         changed = []
         stored_at = format_time(now())
         for identifier in identifiers:
@@ -148,9 +154,7 @@ class CouchDatabase:
         if not documents:
             return []
         try:
-            rows = self._ask(
-                lambda: self._database.resource.post_json("_bulk_docs", body={"docs": documents})[2]
-            )
+            rows = self._ask(lambda: self._bulk_docs(documents), may_refuse=True)
         except InvalidMessage as error:
             # One of them is too large or not as the server wants it, but not which one.
             if len(documents) == 1:
@@ -178,10 +182,9 @@ class CouchDatabase:
 
     def _bulk_docs(self, documents: Sequence[Document]) -> Any:
         # Not `Database.update`, which keeps a row's reason but not its error.
-        body = {"docs": list(documents)}
-        started = time.monotonic()
-        _status, _headers, rows = self._database.resource.post_json("_bulk_docs", body=body)
-        metrics.SINK_SECONDS.observe(time.monotonic() - started)
+        _status, _headers, rows = self._database.resource.post_json(
+            "_bulk_docs", body={"docs": list(documents)}
+        )
         return rows
 
     def read(self, identifiers: Sequence[str]) -> dict[str, Document]:
@@ -256,14 +259,7 @@ class CouchDatabase:
             raise SinkUnavailable(
                 f"{self._name} is not reachable: {problem} (IOT_COUCHDB_URL)"
             ) from error
-        except (
-            couchdb.http.HTTPError,
-            AttributeError,
-            LookupError,
-            TypeError,
-            ValueError,
-        ) as error:
-            # What the client raises when an answer is not CouchDB's, for instance a proxy's page.
+        except (couchdb.http.HTTPError, *_UNREADABLE) as error:
             raise SinkUnavailable(f"{self._name} answers unlike CouchDB: {error}") from error
 
 

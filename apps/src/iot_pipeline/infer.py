@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import io
-import time
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from datetime import datetime
+from typing import Any, Protocol
 
 from PIL import Image, UnidentifiedImageError
 
-from iot_pipeline import metrics
 from iot_pipeline.errors import Exit, InvalidMessage, Reason
 from iot_pipeline.kafka import Sender
+from iot_pipeline.pipeline import Beat
 from iot_pipeline.schema import ImageMessage, PredictionMessage, Record, decode_record, now
 from iot_pipeline.service import Log, Service
 from iot_pipeline.settings import InferSettings
@@ -23,6 +22,10 @@ log = Log("infer")
 
 # What cameras and browsers make. Pillow reads more, some of it through other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+# Pillow's own limit only warns at first, and its warnings cannot be silenced in one thread alone.
+# `open_image` has a limit that refuses.
+Image.MAX_IMAGE_PIXELS = None
 
 # Above this many images at once, a log line for each is too much.
 LOGGED_ONE_BY_ONE = 10
@@ -43,8 +46,12 @@ class Classifier(Protocol):
         """The model's name and the digest of its weights."""
         ...
 
-    def predict(self, images: list[Image.Image]) -> Sequence[_Prediction]:
-        """One prediction for each image, in their order."""
+    def prepare(self, image: Image.Image) -> bytes:
+        """An RGB image's pixels, as `predict` takes them. Called from another thread."""
+        ...
+
+    def predict(self, images: Sequence[bytes]) -> Sequence[_Prediction]:
+        """One prediction for each prepared image, in their order."""
         ...
 
 
@@ -62,12 +69,7 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
         InvalidMessage: it is no image, is damaged, or has too many pixels.
     """
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of sizes that the limit below refuses anyway.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError as error:
-        raise InvalidMessage(Reason.TOO_MANY_PIXELS, f"too many pixels: {error}") from error
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise InvalidMessage(
             Reason.NOT_AN_IMAGE, f"none of the formats {', '.join(FORMATS)}"
@@ -94,64 +96,86 @@ def _damaged(error: Exception) -> InvalidMessage:
 
 @dataclass(frozen=True, slots=True)
 class DecodedImage:
-    """An image that passed all checks."""
+    """What is left to know of an image that passed all checks."""
 
-    message: ImageMessage
-    image: Image.Image
+    id: str
+    produced_at: datetime
+    pixels: bytes
+    """As the model wants them; see `Classifier.prepare`."""
 
 
 class InferStage:
-    """Images in, predictions out; see `worker.Stage`."""
+    """Images in, predictions out; see `pipeline.Stage`."""
 
-    def __init__(
-        self, settings: InferSettings, classifier: Classifier, sender: Sender, service: Service
-    ) -> None:
+    def __init__(self, settings: InferSettings, classifier: Classifier, sender: Sender) -> None:
         self._settings = settings
         self._classifier = classifier
         self._sender = sender
-        self._service = service
         self.topics: Sequence[str] = (settings.image_topic,)
         self.sink = settings.prediction_topic
 
     def decode(self, record: Record) -> DecodedImage:
         """Read the message and its image."""
         message = decode_record(ImageMessage, record, self._settings.max_record_bytes)
-        return DecodedImage(message, open_image(message.data, self._settings.max_image_pixels))
+        image = open_image(message.data, self._settings.max_image_pixels)
+        # Only the pixels that the model looks at wait in memory, however large the image was.
+        return DecodedImage(message.id, message.produced_at, self._classifier.prepare(image))
 
-    def handle(self, batch: Sequence[DecodedImage]) -> Mapping[int, InvalidMessage]:
-        """Classify, send, and wait until Kafka has every prediction."""
-        predictions = self._classifier.predict([item.image for item in batch])
+    def handle(self, items: Sequence[DecodedImage]) -> list[PredictionMessage]:
+        """Classify."""
+        predictions = self._classifier.predict([item.pixels for item in items])
         inferred_at = now()
-        self._service.alive()
-        started = time.monotonic()
-        for item, prediction in zip(batch, predictions, strict=True):
-            message = PredictionMessage(
-                id=item.message.id,
+        messages = [
+            PredictionMessage(
+                id=item.id,
                 inferred_value=prediction.label,
                 confidence=prediction.confidence,
                 model=self._classifier.name,
                 inferred_at=inferred_at,
             )
+            for item, prediction in zip(items, predictions, strict=True)
+        ]
+        self._report(items, messages)
+        return messages
+
+    def deliver(
+        self, result: Sequence[PredictionMessage], beat: Beat
+    ) -> Mapping[int, InvalidMessage]:
+        """Send, and wait until Kafka has every prediction."""
+        for message in result:
             self._sender.send(self._settings.prediction_topic, message.key, message.encode())
-        self._sender.confirm(self._service.alive)
-        metrics.SINK_SECONDS.observe(time.monotonic() - started)
-        self._report(batch, predictions, inferred_at.timestamp())
+        self._sender.confirm(beat)
         return {}
 
-    def _report(
-        self, batch: Sequence[DecodedImage], predictions: Sequence[_Prediction], moment: float
-    ) -> None:
-        each = log.info if len(batch) <= LOGGED_ONE_BY_ONE else log.debug
-        for item, prediction in zip(batch, predictions, strict=True):
+    @staticmethod
+    def _report(items: Sequence[DecodedImage], messages: Sequence[PredictionMessage]) -> None:
+        each = log.info if len(items) <= LOGGED_ONE_BY_ONE else log.debug
+        for item, message in zip(items, messages, strict=True):
+            age = message.inferred_at - item.produced_at
             each(
                 "classified",
-                id=item.message.id,
-                label=prediction.label,
-                confidence=round(prediction.confidence, 3),
-                ms=round((moment - item.message.produced_at.timestamp()) * 1000),
+                id=item.id,
+                label=message.inferred_value,
+                confidence=round(message.confidence, 3),
+                ms=round(age.total_seconds() * 1000),
             )
-        if len(batch) > LOGGED_ONE_BY_ONE:
-            log.info("classified batch", images=len(batch))
+        if len(items) > LOGGED_ONE_BY_ONE:
+            log.info("classified batch", images=len(items))
+
+
+class _FromImages:
+    """A classifier of images as one of prepared images."""
+
+    def __init__(self, classifier: Any, size: tuple[int, int] = (32, 32)) -> None:
+        self._predict: Callable[[list[Image.Image]], list[_Prediction]] = classifier.predict
+        self._size = size
+        self.name = classifier.name
+
+    def prepare(self, image: Image.Image) -> bytes:
+        return image.resize(self._size, Image.Resampling.BICUBIC).tobytes()
+
+    def predict(self, images: Sequence[bytes]) -> Sequence[_Prediction]:
+        return self._predict([Image.frombytes("RGB", self._size, data) for data in images])
 
 
 def run(settings: InferSettings) -> int:
@@ -172,7 +196,7 @@ def run(settings: InferSettings) -> int:
         classifier.warm_up()
         log.info("model ready", model=classifier.name)
         run_stage(
-            lambda service, sender: InferStage(settings, classifier, sender, service),
+            lambda sender: InferStage(settings, _FromImages(classifier), sender),
             settings,
             service,
         )

@@ -149,6 +149,14 @@ class ConsumerSettings(Settings):
     max_batch_size: int = setting(
         32, "most records handled at once", unit="records", minimum=1, maximum=100_000
     )
+    max_batch_delay: float = setting(
+        0.05,
+        "longest wait for a batch to fill while the broker is known to have more records; a lone "
+        "record is never held back",
+        unit="seconds",
+        minimum=0,
+        maximum=10,
+    )
     max_consecutive_dead_letters: int = setting(
         100, "refused records in a row that stop the service; 0 never stops it", minimum=0
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from iot_pipeline.couch import CouchDatabase
 from iot_pipeline.errors import Exit, InvalidMessage
+from iot_pipeline.pipeline import Beat
 from iot_pipeline.schema import (
     Document,
     ImageMessage,
-    Message,
     PredictionMessage,
     Record,
     decode_record,
@@ -27,35 +28,47 @@ log = Log("store")
 LOGGED_ONE_BY_ONE = 10
 
 
-class StoreStage:
-    """Images and predictions in, merged documents out; see `worker.Stage`."""
+@dataclass(frozen=True, slots=True)
+class MergedBatch:
+    """The documents that a batch comes to, and which message went into which."""
 
-    def __init__(self, settings: StoreSettings, database: CouchDatabase, service: Service) -> None:
+    identifiers: list[str]
+    documents: dict[str, Document]
+
+
+class StoreStage:
+    """Images and predictions in, merged documents out; see `pipeline.Stage`."""
+
+    def __init__(self, settings: StoreSettings, database: CouchDatabase) -> None:
         self._settings = settings
         self._database = database
-        self._service = service
         self.topics: Sequence[str] = (settings.image_topic, settings.prediction_topic)
         self.sink = settings.couchdb_database
 
-    def decode(self, record: Record) -> Message:
+    def decode(self, record: Record) -> Document:
         """Read an image or a prediction, as the topic says."""
         limit = self._settings.max_record_bytes
         if record.topic == self._settings.prediction_topic:
-            return decode_record(PredictionMessage, record, limit)
-        return decode_record(ImageMessage, record, limit)
+            return document(decode_record(PredictionMessage, record, limit))
+        return document(decode_record(ImageMessage, record, limit))
 
-    def handle(self, batch: Sequence[Message]) -> Mapping[int, InvalidMessage]:
-        """Merge the messages into their documents."""
+    def handle(self, items: Sequence[Document]) -> MergedBatch:
+        """Merge messages of the same image, so that it is written once where both are at hand."""
         documents: dict[str, Document] = {}
-        for message in batch:
-            state = document(message)
-            documents[message.id] = merge(documents.get(message.id, state), state)
-        outcome = self._database.merge_in(documents, self._service.alive)
+        for state in items:
+            identifier = state["_id"]
+            known = documents.get(identifier)
+            documents[identifier] = state if known is None else merge(known, state)
+        return MergedBatch([state["_id"] for state in items], documents)
+
+    def deliver(self, result: MergedBatch, beat: Beat) -> Mapping[int, InvalidMessage]:
+        """Merge the documents into the database."""
+        outcome = self._database.merge_in(result.documents, beat)
         self._report(outcome.stored)
         return {
-            place: outcome.refused[message.id]
-            for place, message in enumerate(batch)
-            if message.id in outcome.refused
+            place: outcome.refused[identifier]
+            for place, identifier in enumerate(result.identifiers)
+            if identifier in outcome.refused
         }
 
     @staticmethod
@@ -76,7 +89,5 @@ def run(settings: StoreSettings) -> int:
     """
     with Service(settings) as service:
         database = CouchDatabase(settings)
-        run_stage(
-            lambda service, _sender: StoreStage(settings, database, service), settings, service
-        )
+        run_stage(lambda _sender: StoreStage(settings, database), settings, service)
     return Exit.OK
