@@ -1,4 +1,5 @@
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ from iot_pipeline.errors import ConfigError, Exit, RecordTooLarge, SinkUnavailab
 from iot_pipeline.schema import ImageMessage
 from iot_pipeline.settings import ProduceSettings
 from iot_pipeline.sources import Image
+
+SOURCE = (Image(b"one", "cat", "image/png", "1"), Image(b"two", "dog", "image/png", "2"))
 
 
 class Clock:
@@ -44,21 +47,44 @@ class FakeService:
 
 
 class FakeSender:
-    """Answers confirmations with what is in its list, then with success."""
+    """Answers confirmations with what is in its list, then with success.
 
-    def __init__(self, answers: list[Callable[[], None] | Exception]) -> None:
+    Of a window that fails it takes the first half, and refuses those that are too large for it.
+    """
+
+    def __init__(self, answers: list[Callable[[], None] | Exception], limit: int) -> None:
         self._answers = answers
+        self._limit = limit
+        self._pending: list[ImageMessage] = []
         self.sent: list[ImageMessage] = []
+        self.taken: list[ImageMessage] = []
+        self.most_pending = 0
         self.closed = False
 
     def send(self, _topic: str, key: bytes, value: bytes) -> None:
         message = ImageMessage.decode(value)
         assert key == message.key
         self.sent.append(message)
+        self._pending.append(message)
+        self.most_pending = max(self.most_pending, len(self._pending))
 
-    def confirm(self, alive: Callable[[], None]) -> None:
+    def confirm(
+        self,
+        alive: Callable[[], None],
+        taken: Callable[[bytes | None], None],
+        *,
+        leave: int = 0,
+    ) -> None:
         alive()
         answer = self._answers.pop(0) if self._answers else None
+        if any(len(message.data) > self._limit for message in self._pending):
+            answer = RecordTooLarge("the topic's limit")
+        fit = len(self._pending) - leave if answer is None else len(self._pending) // 2
+        for message in self._pending[:fit]:
+            if len(message.data) <= self._limit:
+                self.taken.append(message)
+                taken(message.key)
+        self._pending = self._pending[fit:] if answer is None else []
         if isinstance(answer, Exception):
             raise answer
         if answer:
@@ -86,10 +112,14 @@ def service(clock: Clock) -> FakeService:
 def run(
     service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[Exit, FakeSender]]:
-    def run(*answers: Callable[[], None] | Exception, **settings: Any) -> tuple[Exit, FakeSender]:
-        sender = FakeSender(list(answers))
+    def run(
+        *answers: Callable[[], None] | Exception,
+        source: Sequence[Image] = SOURCE,
+        limit: int = 1000,
+        **settings: Any,
+    ) -> tuple[Exit, FakeSender]:
+        sender = FakeSender(list(answers), limit)
         monkeypatch.setattr(produce, "connect", lambda _make, _service, _servers: sender)
-        source = [Image(b"one", "cat", "image/png", "1"), Image(b"two", "dog", "image/png", "2")]
         chosen = ProduceSettings(**{"count": 3, **settings})
         return produce._produce(chosen, service, source), sender  # type: ignore[arg-type]
 
@@ -149,7 +179,7 @@ def test_stop_during_an_outage_names_the_image_that_is_not_confirmed(
     status, sender = run(stop, count=0)
     assert status is Exit.UNREACHABLE
     assert clock.now - started == pytest.approx(produce.LAST_CHANCE, abs=2)
-    assert f"image not confirmed at the end id={sender.sent[0].id}" in caplog.text
+    assert f"images not confirmed at the end images=1 id={sender.sent[0].id}" in caplog.text
     assert sender.closed
 
 
@@ -183,16 +213,116 @@ def test_the_schedule_ends_when_the_service_stops(service: FakeService, clock: C
     assert list(due_times(service, clock, [0.0, 0.0])) == []
 
 
-def test_fast_images_are_logged_in_sums(
+def test_slow_images_have_a_line_each_and_all_of_them_one_at_the_end(
     run: Callable[..., tuple[Exit, FakeSender]], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    run(interval=0)
-    lines = [text for text in caplog.messages if text.startswith("produced")]
-    assert len(lines) == 1
-    assert "images=3 total=3" in lines[0]
-    caplog.clear()
     run(interval=10)
     lines = [text for text in caplog.messages if text.startswith("produced")]
     assert len(lines) == 3
     assert all(" truth=" in line and " id=" in line for line in lines)
+    assert "sent images=3 seconds=20 per_second=0.15 refused=0 unconfirmed=0" in caplog.messages
+
+
+def test_fast_images_are_logged_in_sums(
+    run: Callable[..., tuple[Exit, FakeSender]], caplog: pytest.LogCaptureFixture, clock: Clock
+) -> None:
+    def a_second() -> Iterator[Image]:
+        for image in SOURCE * 6:
+            clock.now += 1
+            yield image
+
+    caplog.set_level("INFO")
+    run(interval=0, count=12, source=list(SOURCE) * 6)
+    assert not [text for text in caplog.messages if text.startswith("produced")]
+    caplog.clear()
+    run(interval=0, count=12, source=a_second())
+    lines = [text for text in caplog.messages if text.startswith("produced")]
+    assert lines[0] == "produced images=5 total=5 per_second=1"
+    assert len(lines) == 2
+    assert any(text.startswith("sent images=12 ") for text in caplog.messages)
+
+
+def test_a_paced_image_is_confirmed_before_the_next_is_sent(
+    run: Callable[..., tuple[Exit, FakeSender]],
+) -> None:
+    _status, sender = run(interval=produce.LINE_INTERVAL, count=20)
+    assert sender.most_pending == 1
+
+
+def test_a_window_of_images_is_on_its_way_and_no_more(
+    run: Callable[..., tuple[Exit, FakeSender]],
+) -> None:
+    count = 3 * produce.WINDOW_IMAGES
+    status, sender = run(interval=0, count=count)
+    assert status is Exit.OK
+    assert sender.most_pending == produce.WINDOW_IMAGES
+    ids = [message.id for message in sender.taken]
+    assert len(ids) == count
+    assert ids == sorted(ids)
+
+
+def test_large_images_fill_the_window_sooner(
+    run: Callable[..., tuple[Exit, FakeSender]],
+) -> None:
+    large = [Image(bytes(2**20), "cat", "image/png", "large")]
+    _status, sender = run(interval=0, count=100, source=large, limit=2**21)
+    assert len(sender.taken) == 100
+    in_base64 = 2**20 * 4 / 3
+    assert produce.WINDOW_BYTES <= sender.most_pending * in_base64 < produce.WINDOW_BYTES + 2**21
+
+
+def test_fast_images_that_were_not_taken_are_sent_again_and_no_others(
+    run: Callable[..., tuple[Exit, FakeSender]],
+) -> None:
+    down = SinkUnavailable("down")
+    status, sender = run(down, down, interval=0, count=40)
+    assert status is Exit.OK
+    assert len({message.id for message in sender.taken}) == len(sender.taken) == 40
+    assert len(sender.sent) == 40 + 20 + 10
+
+
+def test_those_too_large_are_found_among_many(
+    run: Callable[..., tuple[Exit, FakeSender]], caplog: pytest.LogCaptureFixture
+) -> None:
+    source = [
+        Image(b"x" * (100 if number in (7, 30, 31) else 3), "cat", "image/png", str(number))
+        for number in range(50)
+    ]
+    status, sender = run(source=source, limit=99, interval=0, count=50)
+    assert status is Exit.FAILED
+    assert len({message.id for message in sender.taken}) == len(sender.taken) == 47
+    refused = [text for text in caplog.messages if text.startswith("image refused")]
+    assert [text.split(" name=")[1].split()[0] for text in refused] == ["7", "30", "31"]
+
+
+def test_stop_at_speed_confirms_what_is_on_its_way(
+    run: Callable[..., tuple[Exit, FakeSender]], service: FakeService, clock: Clock
+) -> None:
+    def stop_after_ten() -> Iterator[Image]:
+        for number in range(20):
+            service.stopping = number == 10
+            yield SOURCE[0]
+
+    clock.now += 1
+    status, sender = run(interval=0, count=0, source=stop_after_ten())
+    assert status is Exit.OK
+    assert len(sender.taken) == len(sender.sent) == 10
+
+
+@pytest.mark.parametrize(
+    "terminal, count, shown", [(True, 2, True), (True, 0, False), (False, 2, False)]
+)
+def test_a_progress_bar_needs_a_terminal_and_a_count(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    terminal: bool,
+    count: int,
+    shown: bool,
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    with produce._progress(count) as bar:
+        assert (bar is not None) is shown
+        if bar is not None:
+            bar.update(2)
+    assert ("2/2" in capfd.readouterr().err) is shown

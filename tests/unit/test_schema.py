@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -103,6 +103,15 @@ def prediction_fields() -> dict[str, Any]:
 def test_an_image_comes_back_as_it_went(message: ImageMessage) -> None:
     record = KafkaRecord(message.encode(), message.key)
     assert decode_record(ImageMessage, record, LIMIT) == message
+
+
+@given(images, st.text(), st.text(), st.text())
+def test_an_image_is_written_as_json_writes_it(
+    message: ImageMessage, label: str, content_type: str, source: str
+) -> None:
+    message = replace(message, ground_truth=label, content_type=content_type, source=source)
+    written = json.dumps(message.fields(), ensure_ascii=False, separators=(",", ":"))
+    assert message.encode() == written.encode()
 
 
 @given(predictions)

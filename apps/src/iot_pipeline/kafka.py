@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -37,6 +38,8 @@ log = Log("kafka")
 # A send is given up after this, so that the loop learns of an outage while it can still pause and
 # keep its place in the group. Nothing is lost: the loop sends the batch again.
 DELIVERY_TIMEOUT_MS = 20_000
+# 2**31 - 1 milliseconds, 24 days, is the longest that Kafka's clients know.
+NO_DELIVERY_TIMEOUT_MS = 2**31 - 1
 REQUEST_TIMEOUT_MS = 10_000
 # Room in a request for what surrounds the largest record: its framing, and the reason in a dead
 # letter.
@@ -224,13 +227,40 @@ class Sender:
     The client is idempotent with acks=all: its own retries never write a record twice.
     """
 
-    def __init__(self, settings: Settings, delivery_timeout_ms: int = DELIVERY_TIMEOUT_MS) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        delivery_timeout_ms: int = DELIVERY_TIMEOUT_MS,
+        *,
+        linger_ms: int = 0,
+        batch_size: int = 16_384,
+        compression: str = "none",
+    ) -> None:
+        """Connect.
+
+        Args:
+            settings: which brokers, and how large a record may be.
+            delivery_timeout_ms: after this a record is given up. With NO_DELIVERY_TIMEOUT_MS the
+                client goes on with what it was handed, also after an error of `send`.
+            linger_ms: how long a record waits for others to travel with.
+            batch_size: bytes, before compression, that travel together to one partition.
+            compression: none, gzip, lz4 or zstd.
+
+        Raises:
+            KafkaError: no broker answered.
+        """
         self._settings = settings
         self._max_record_bytes = settings.max_record_bytes
         self._delivery_timeout_ms = delivery_timeout_ms
+        self._batching = {
+            "linger_ms": linger_ms,
+            # A larger batch might exceed the topic's limit, which is made for the largest record.
+            "batch_size": min(batch_size, settings.max_record_bytes),
+            "compression_type": None if compression == "none" else compression,
+        }
         self._producer = self._make_client()
         self._spoiled = False
-        self._pending: list[tuple[str, bytes | None, Any]] = []
+        self._pending: deque[tuple[str, bytes | None, Any]] = deque()
 
     def _make_client(self) -> Any:
         return KafkaProducer(
@@ -240,7 +270,10 @@ class Sender:
             delivery_timeout_ms=self._delivery_timeout_ms,
             max_block_ms=REQUEST_TIMEOUT_MS,
             max_request_size=self._max_record_bytes + REQUEST_OVERHEAD_BYTES,
-            linger_ms=0,
+            # kafka-python puts back what a lost connection left unanswered last batch first. With
+            # more than one in flight the broker then sees a gap in the sequence and refuses them.
+            max_in_flight_requests_per_connection=1,
+            **self._batching,
         )
 
     def _renew(self) -> None:
@@ -288,34 +321,62 @@ class Sender:
             self._renew()
             future = self._producer.send(topic, key=key, value=value, headers=list(headers))
         except KafkaTimeoutError as error:
-            self._pending.clear()
+            self._give_up()
             raise SinkUnavailable(
                 f"Kafka says nothing about topic {topic}: is the broker up, and does the topic "
                 f"exist? ({error})"
             ) from error
         except KafkaError as error:
-            self._pending.clear()
+            self._give_up()
             raise _explain(error, topic) from error
         self._pending.append((topic, key, future))
 
-    def confirm(self, alive: Callable[[], None]) -> None:
-        """Wait until the broker has taken every record handed over, calling `alive` meanwhile.
+    def _give_up(self) -> None:
+        """After an error of `send`: what was handed over before will be sent again."""
+        if self._delivery_timeout_ms < NO_DELIVERY_TIMEOUT_MS:
+            self._pending.clear()
+
+    def confirm(
+        self,
+        alive: Callable[[], None],
+        taken: Callable[[bytes | None], None] | None = None,
+        *,
+        leave: int = 0,
+    ) -> None:
+        """Wait until the broker has taken the records handed over, calling `alive` meanwhile.
+
+        Args:
+            alive: called at least once a second while there is something to wait for.
+            taken: called with the key of each record that the broker has taken, in the order in
+                which they were handed over, also when another fails.
+            leave: how many of the last ones need not be taken yet. After a failure none is left.
 
         Raises:
-            SinkUnavailable: at least one was not taken. Send all of them again: one that was taken
-                after all arrives twice, which the keys make harmless.
-            RecordTooLarge: the topic's own limit is lower than ours.
+            SinkUnavailable: at least one was not taken. Send again all that `taken` did not name:
+                one that was taken after all arrives twice, which the keys make harmless.
+            RecordTooLarge: the topic's own limit is lower than ours. Others that were not taken
+                may be fit: kafka-python answers for them with the same error.
             ConfigError: the topic does not exist or may not be written to.
         """
-        pending, self._pending = self._pending, []
+        pending = self._pending
         failures: list[Exception] = []
         deadline = time.monotonic() + (self._delivery_timeout_ms + REQUEST_TIMEOUT_MS) / 1000
-        for topic, _key, future in pending:
+        while len(pending) > (0 if failures else leave):
+            topic, key, future = pending[0]
             try:
-                self._wait(future, deadline, alive)
+                # Most are done by the time that they are looked at.
+                if not future.succeeded():
+                    self._wait(future, deadline, alive)
             except KafkaError as error:
                 self._spoiled |= not isinstance(error, RetriableError)
                 failures.append(_explain(error, topic))
+            except BaseException:
+                self._give_up()
+                raise
+            else:
+                if taken:
+                    taken(key)
+            pending.popleft()
         # What a retry cannot mend must be heard of before what it can.
         for kind in (ConfigError, RecordTooLarge, SinkUnavailable):
             for failure in failures:

@@ -1,19 +1,24 @@
 """`iot-pipeline produce`: one labelled image after another into the image topic.
 
-Each image is confirmed by the broker before the next is taken. During an outage the producer keeps
-trying the image in hand, and its schedule waits: a device that cannot send has nothing to catch up.
+At a slow pace each image is confirmed by the broker before the next is taken. At a fast one many
+are on their way at once, and travel in batches. During an outage the producer keeps what is on its
+way, and its schedule waits: a device that cannot send has nothing to catch up.
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from iot_pipeline import metrics
 from iot_pipeline.errors import Exit, RecordTooLarge, SinkUnavailable
-from iot_pipeline.kafka import Backoff, Sender, connect
+from iot_pipeline.kafka import NO_DELIVERY_TIMEOUT_MS, Backoff, Sender, connect
 from iot_pipeline.schema import ImageMessage, now, uuid7
 from iot_pipeline.service import Log, Service
 from iot_pipeline.settings import ProduceSettings
@@ -21,13 +26,20 @@ from iot_pipeline.sources import Image, Source, open_source
 
 log = Log("produce")
 
-# The client itself retries for as long as it takes, because its own retries never write a record
-# twice. 2**31 - 1 milliseconds, 24 days, is the longest that Kafka's clients know.
-DELIVERY_TIMEOUT_MS = 2**31 - 1
 PATIENCE = 5.0  # seconds until a missing confirmation is worth a warning, and between warnings
-LAST_CHANCE = 10.0  # seconds an image in hand has left when the service is asked to stop
+LAST_CHANCE = 10.0  # seconds that images on their way have left when the service is asked to stop
 LINE_INTERVAL = 0.1  # seconds; below it images are logged in sums, every SUM_INTERVAL
 SUM_INTERVAL = 5.0  # seconds
+
+# What may be on its way at once. The bytes bound the memory: the client holds as many again.
+WINDOW_IMAGES = 4096
+WINDOW_BYTES = 16 * 2**20
+SETTLE_INTERVAL = 0.2  # seconds from one look at what was confirmed to the next
+# Small next to a pace that a person notices, long enough for a batch to fill at any other.
+LINGER_MS = 5
+BATCH_SIZE = (
+    256 * 1024
+)  # bytes for each partition; smaller ones cost a wake-up for every few images
 
 
 class _StoppedError(Exception):
@@ -39,7 +51,7 @@ def run(settings: ProduceSettings) -> Exit:
 
     Returns:
         FAILED if an image was refused as too large, UNREACHABLE if the broker did not confirm the
-        last one before the end, otherwise OK.
+        last ones before the end, otherwise OK.
 
     Raises:
         PipelineError: the source, a setting or the topic cannot be used.
@@ -73,22 +85,46 @@ def _open(settings: ProduceSettings, service: Service) -> Source:
 
 def _produce(settings: ProduceSettings, service: Service, source: Source) -> Exit:
     sender = connect(
-        lambda: Sender(settings, DELIVERY_TIMEOUT_MS), service, settings.bootstrap_servers
+        lambda: Sender(
+            settings,
+            # The client itself retries for as long as it takes, because its own retries never
+            # write a record twice.
+            NO_DELIVERY_TIMEOUT_MS,
+            linger_ms=LINGER_MS if settings.interval < LINE_INTERVAL else 0,
+            batch_size=BATCH_SIZE,
+            compression=settings.compression,
+        ),
+        service,
+        settings.bootstrap_servers,
     )
     if sender is None:
         return Exit.OK
-    delivery = _Delivery(settings, service, sender)
-    try:
-        for image in _schedule(_images(source, settings.count), settings.interval, service):
-            delivery.deliver(image)
-            service.ready(f"sending images to {settings.image_topic}")
-    except _StoppedError:
-        return Exit.UNREACHABLE
-    finally:
-        service.leaving("closing the connection to the broker")
-        sender.close()
-        delivery.log_sum()
+    with _progress(settings.count) as bar:
+        delivery = _Delivery(settings, service, sender, bar)
+        try:
+            for image in _schedule(_images(source, settings.count), settings.interval, service):
+                delivery.deliver(image)
+            delivery.settle()
+        except _StoppedError:
+            return Exit.UNREACHABLE
+        finally:
+            service.leaving("closing the connection to the broker")
+            sender.close()
+            delivery.log_total()
     return Exit.FAILED if delivery.refused else Exit.OK
+
+
+@contextmanager
+def _progress(count: int) -> Iterator[Any]:
+    """A progress bar over `count` images, or None where there is no count or nobody looks."""
+    if not count or not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    with logging_redirect_tqdm(), tqdm(total=count, unit=" images") as bar:
+        yield bar
 
 
 def _images(source: Source, count: int) -> Iterator[Image]:
@@ -107,20 +143,40 @@ def _schedule(images: Iterator[Image], interval: float, service: Service) -> Ite
         due = max(due + interval, time.monotonic())
 
 
-class _Delivery:
-    """Sends one image at a time and keeps count."""
+@dataclass(slots=True)
+class _Record:
+    """An image on its way."""
 
-    def __init__(self, settings: ProduceSettings, service: Service, sender: Sender) -> None:
+    message: ImageMessage
+    name: str
+    key: bytes
+    value: bytes
+    sent_at: float  # time.monotonic()
+
+
+class _Delivery:
+    """Sends images, keeps those that are not confirmed yet, and counts."""
+
+    def __init__(
+        self, settings: ProduceSettings, service: Service, sender: Sender, bar: Any
+    ) -> None:
         self._settings = settings
         self._service = service
         self._sender = sender
+        self._bar = bar
+        self._one_by_one = settings.interval >= LINE_INTERVAL
+        self._backoff = Backoff()
+        self._waiting: dict[bytes | None, _Record] = {}  # by key, in the order of the images
+        self._waiting_bytes = 0
+        self._end: float | None = None
+        self._started = self._summed_at = self._settled_at = time.monotonic()
+        self._warn_at = self._started + PATIENCE
+        self._seconds = 0.0  # until the image confirmed last was
+        self._confirmed = self._counted = self._summed = 0
         self.refused = 0
-        self._confirmed = 0
-        self._summed = 0
-        self._summed_at = time.monotonic()
 
     def deliver(self, image: Image) -> None:
-        """Send an image and return when the broker has it, or when it is refused for good.
+        """Send an image and return when not too much waits for the broker: at a slow pace nothing.
 
         Raises:
             _StoppedError: the service is to stop, and the broker did not confirm in time.
@@ -134,82 +190,156 @@ class _Delivery:
             produced_at=now(),
             source=self._settings.source_name,
         )
-        started = time.monotonic()
-        try:
-            self._send(message)
-        except RecordTooLarge as error:
-            self._refuse(message, image, error)
-            return
-        metrics.SINK_SECONDS.observe(time.monotonic() - started)
-        metrics.RECORDS_OUT.labels(self._settings.image_topic).inc()
-        self._confirmed += 1
-        if self._settings.interval >= LINE_INTERVAL:
-            log.info("produced", id=message.id, truth=message.ground_truth, name=image.name)
-        elif time.monotonic() - self._summed_at >= SUM_INTERVAL:
-            self.log_sum()
+        moment = time.monotonic()
+        record = _Record(message, image.name, message.key, message.encode(), moment)
+        self._waiting[record.key] = record
+        self._waiting_bytes += len(record.value)
+        self._send(record)
+        if self._one_by_one:
+            self.settle()
+        elif (
+            len(self._waiting) >= WINDOW_IMAGES
+            or self._waiting_bytes >= WINDOW_BYTES
+            or moment - self._settled_at >= SETTLE_INTERVAL
+        ):
+            # The broker works on the younger half while the next images are made.
+            self.settle(leave=len(self._waiting) // 2)
 
-    def _refuse(self, message: ImageMessage, image: Image, error: RecordTooLarge) -> None:
+    def settle(self, leave: int = 0) -> None:
+        """Wait until all but the last `leave` images are confirmed, or refused for good.
+
+        Raises:
+            _StoppedError, ConfigError: as `deliver`.
+        """
+        self._warn_at = time.monotonic() + PATIENCE
+        while True:
+            try:
+                self._sender.confirm(self._patience, self._taken, leave=leave)
+            except SinkUnavailable as error:
+                self._pause(error)
+                for record in list(self._waiting.values()):
+                    self._send(record)
+            except RecordTooLarge as error:
+                self._find_too_large(error)
+            else:
+                break
+        self._backoff.reset()
+        self._count()
+
+    def _send(self, record: _Record) -> None:
+        while True:
+            try:
+                self._sender.send(self._settings.image_topic, record.key, record.value)
+            except SinkUnavailable as error:
+                self._pause(error)
+            except RecordTooLarge as error:
+                self._refuse(record, error)
+                return
+            else:
+                return
+
+    def _find_too_large(self, error: RecordTooLarge) -> None:
+        """Send what waits one by one: the refusal of one among many does not tell which it was."""
+        waiting = list(self._waiting.values())
+        if len(waiting) == 1:
+            self._refuse(waiting[0], error)
+            return
+        for record in waiting:
+            self._send(record)
+            while record.key in self._waiting:
+                try:
+                    self._sender.confirm(self._patience, self._taken)
+                except SinkUnavailable as problem:
+                    self._pause(problem)
+                    self._send(record)
+                except RecordTooLarge as refusal:
+                    self._refuse(record, refusal)
+
+    def _forget(self, key: bytes | None) -> _Record:
+        record = self._waiting.pop(key)
+        self._waiting_bytes -= len(record.value)
+        return record
+
+    def _taken(self, key: bytes | None) -> None:
+        record = self._forget(key)
+        moment = time.monotonic()
+        self._warn_at = moment + PATIENCE
+        self._seconds = moment - record.sent_at
+        self._confirmed += 1
+        if self._one_by_one:
+            message = record.message
+            log.info("produced", id=message.id, truth=message.ground_truth, name=record.name)
+
+    def _refuse(self, record: _Record, error: RecordTooLarge) -> None:
+        self._forget(record.key)
         self.refused += 1
         metrics.DEAD_LETTERS.labels(error.reason).inc()
         log.error(
             "image refused",
-            id=message.id,
-            name=image.name,
-            image_bytes=len(image.data),
+            id=record.message.id,
+            name=record.name,
+            image_bytes=len(record.message.data),
             limit_bytes=self._settings.max_record_bytes,
             error=error,
         )
 
-    def log_sum(self) -> None:
-        """Log what was confirmed since the last sum, where images have no lines of their own."""
-        images = self._confirmed - self._summed
-        if images and self._settings.interval < LINE_INTERVAL:
-            rate = images / max(time.monotonic() - self._summed_at, 1e-9)
-            log.info("produced", images=images, total=self._confirmed, per_second=round(rate, 1))
-        self._summed, self._summed_at = self._confirmed, time.monotonic()
+    def _count(self) -> None:
+        """Show what was confirmed since the last time."""
+        self._settled_at = time.monotonic()
+        images, self._counted = self._confirmed - self._counted, self._confirmed
+        if images:
+            metrics.SINK_UP.set(1)
+            metrics.SINK_SECONDS.observe(self._seconds)
+            metrics.RECORDS_OUT.labels(self._settings.image_topic).inc(images)
+        self._service.ready(f"sending images to {self._settings.image_topic}")
+        if self._bar is not None:
+            self._bar.update(images)
+        elif not self._one_by_one and self._settled_at - self._summed_at >= SUM_INTERVAL:
+            images, seconds = self._confirmed - self._summed, self._settled_at - self._summed_at
+            self._summed, self._summed_at = self._confirmed, self._settled_at
+            rate = images / seconds
+            log.info("produced", images=images, total=self._confirmed, per_second=rate)
 
-    def _send(self, message: ImageMessage) -> None:
-        topic, key, value = self._settings.image_topic, message.key, message.encode()
-        patience = _Patience(self._service, message.id)
-        backoff = Backoff()
-        while True:
-            try:
-                self._sender.send(topic, key, value)
-                self._sender.confirm(patience)
-            except SinkUnavailable as error:
-                wait = backoff.next()
-                patience.missing(str(error), retry_seconds=wait)
-                self._service.wait(wait)
-                patience()
-            else:
-                metrics.SINK_UP.set(1)
-                return
+    def log_total(self) -> None:
+        """Log what became of all images, in one line."""
+        seconds = self._settled_at - self._started
+        log.info(
+            "sent",
+            images=self._confirmed,
+            seconds=seconds,
+            per_second=self._confirmed / max(seconds, 1e-9),
+            refused=self.refused,
+            unconfirmed=len(self._waiting),
+        )
 
+    def _pause(self, error: SinkUnavailable) -> None:
+        """Wait before the next attempt."""
+        wait = self._backoff.next()
+        self._missing(str(error), retry_seconds=wait)
+        self._service.wait(wait)
+        self._patience()
 
-class _Patience:
-    """Called while a confirmation is waited for: warns, feeds the watchdog, and ends the wait."""
-
-    def __init__(self, service: Service, identifier: str) -> None:
-        self._service = service
-        self._id = identifier
-        self._warn_at = time.monotonic() + PATIENCE
-        self._end: float | None = None
-
-    def __call__(self) -> None:
+    def _patience(self) -> None:
+        """Called while a confirmation is waited for: warns, feeds the watchdog, ends the wait."""
         self._service.alive()
         moment = time.monotonic()
         if moment >= self._warn_at:
-            self.missing("no confirmation yet")
+            self._missing("no confirmation yet")
         if self._service.stopping:
             self._end = self._end or moment + LAST_CHANCE
             if moment >= self._end:
-                log.error("image not confirmed at the end", id=self._id)
+                log.error("images not confirmed at the end", **self._first_waiting())
                 raise _StoppedError
 
-    def missing(self, problem: str, **values: float) -> None:
-        """Say that the broker did not take the image yet."""
+    def _missing(self, problem: str, **values: float) -> None:
+        """Say that the broker did not take the images yet."""
         self._warn_at = time.monotonic() + PATIENCE
         metrics.SINK_UP.set(0)
         metrics.SINK_FAILURES.labels("kafka").inc()
-        log.warning("broker does not confirm", id=self._id, error=problem, **values)
+        waiting = self._first_waiting()
+        log.warning("broker does not confirm", **waiting, error=problem, **values)
         self._service.status(f"waiting for the broker: {problem}")
+
+    def _first_waiting(self) -> dict[str, Any]:
+        first = next(iter(self._waiting.values()))
+        return {"images": len(self._waiting), "id": first.message.id}

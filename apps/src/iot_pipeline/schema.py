@@ -14,13 +14,14 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import random
 import re
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from json.encoder import encode_basestring as json_string
 from typing import Any, Protocol, Self, TypeVar
 
 from iot_pipeline.errors import InvalidMessage, Reason
@@ -68,6 +69,9 @@ class _Uuid7Clock:
 
 
 _uuid7_clock = _Uuid7Clock()
+# Seeded by the operating system, once. To ask it for each id would cost as much as the rest of an
+# image's message, and let other threads go first each time. Ids are no secrets.
+_uuid7_random = random.Random()
 
 
 def uuid7() -> str:
@@ -78,7 +82,7 @@ def uuid7() -> str:
     """
     ticks = _uuid7_clock.next()
     value = (ticks >> 12) << 80 | 0x7 << 76 | (ticks & 0xFFF) << 64
-    value |= 0b10 << 62 | secrets.randbits(62)
+    value |= 0b10 << 62 | _uuid7_random.getrandbits(62)
     digits = f"{value:032x}"
     return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
@@ -212,6 +216,10 @@ def _encode(document: Mapping[str, Any]) -> bytes:
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
+def _json_text(text: str) -> bytes:
+    return json_string(text).encode()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageMessage:
     """One image on its way, as it stands in `iot-topic`.
@@ -244,8 +252,28 @@ class ImageMessage:
         }
 
     def encode(self) -> bytes:
-        """The record's value. Check its size where it is sent: see `kafka.Sender.send`."""
-        return _encode(self.fields())
+        """The record's value. Check its size where it is sent: see `kafka.Sender.send`.
+
+        The same bytes as `json.dumps` of `fields` gives. That looks at every character of the
+        image for some to escape, which base64 has none of, and takes three times as long.
+        """
+        return b"".join(
+            (
+                b'{"ID":',
+                _json_text(self.id),
+                b',"GroundTruth":',
+                _json_text(self.ground_truth),
+                b',"Data":"',
+                base64.b64encode(self.data),
+                b'","ContentType":',
+                _json_text(self.content_type),
+                b',"ProducedAt":"',
+                format_time(self.produced_at).encode("ascii"),
+                b'","Source":',
+                _json_text(self.source),
+                b"}",
+            )
+        )
 
     @classmethod
     def decode(cls, value: bytes) -> Self:

@@ -126,8 +126,20 @@ class ProduceSettings(Settings):
         "", "mirror to download cifar-10-python.tar.gz from instead of its home", metavar="URL"
     )
     cache_dir: str = setting(_cache_directory, "folder for downloads", metavar="DIR")
-    interval: float = setting(10.0, "time from one image to the next", unit="seconds", minimum=0)
-    count: int = setting(0, "images to send before ending; 0 goes on for ever", minimum=0)
+    interval: float = setting(
+        10.0,
+        "time from one image to the next; 0 sends as fast as the broker takes them",
+        unit="seconds",
+        minimum=0,
+    )
+    count: int = setting(
+        0,
+        "images to send before ending, with a progress bar on a terminal; 0 goes on for ever",
+        minimum=0,
+    )
+    compression: str = setting(
+        "none", "how images are compressed on their way", choices=("none", "gzip", "lz4", "zstd")
+    )
     shuffle: bool = setting(False, "send the images in random order")
     seed: int = setting(0, "seed of the random order", minimum=0)
     source_name: str = setting(

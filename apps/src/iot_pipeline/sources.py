@@ -17,6 +17,7 @@ then the second of each …), so that the accuracy so far is meaningful from the
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 import io
 import itertools
@@ -237,7 +238,7 @@ def interleave(entries: Iterable[Entry]) -> list[Entry]:
 
 
 def _content_type(name: str) -> str:
-    return CONTENT_TYPES[PurePosixPath(name).suffix.lower()]
+    return CONTENT_TYPES["." + name.rpartition(".")[2].lower()]
 
 
 def _label(name: str) -> str | None:
@@ -428,6 +429,8 @@ def _open_cifar10(file: IO[bytes], where: str) -> tuple[list[Entry], Callable[[E
     except (pickle.UnpicklingError, tarfile.ReadError, *DAMAGE, *NO_BATCH) as error:
         raise SourceError(f"{where}: {wanted} is missing or damaged: {error}") from error
 
+    # 10,000 images of 2 kB or so, each made when it is first asked for.
+    @functools.cache
     def read(entry: Entry) -> bytes:
         return png_from_planes(images.row(entry.key), CIFAR10_EDGE)
 
