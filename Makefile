@@ -56,9 +56,11 @@ lab-ssh: ## A shell on a host: HOST=storage; ARGS="COMMAND" runs that instead
 lab-destroy: ## Remove hosts, network and secrets; downloads and images stay for the next time
 	@$(LAB) destroy
 
-train: ## Train the model; ARGS=--help
+train: ## Train the model: DATA=PATH VAL=PATH, and WIDTH, EPOCHS as wanted; ARGS=--help
 	@$(LAB) setup train
-	@.lab/venv/apps/bin/python apps/training/train.py $(ARGS)
+	@.lab/venv/apps/bin/python apps/training/train.py $(if $(DATA),--data "$(DATA)") \
+	    $(if $(VAL),--val "$(VAL)") $(if $(WIDTH),--width $(WIDTH)) \
+	    $(if $(EPOCHS),--epochs $(EPOCHS)) $(ARGS)
 
 lock: ## Renew the hash-locked requirements of tools and apps
 	@$(LAB) lock

@@ -246,13 +246,13 @@ class Broker(Process):
 
     def __init__(self, folder: Path) -> None:
         _program("java", "default-jre-headless")
-        self._home = _unpacked(kafka_archive())
+        self.home = _unpacked(kafka_archive())
         self._port, self._controller_port = free_port(), free_port()
         self._settings = folder / "server.properties"
         super().__init__(
             "kafka",
             folder,
-            [str(self._home / "bin" / "kafka-server-start.sh"), str(self._settings)],
+            [str(self.home / "bin" / "kafka-server-start.sh"), str(self._settings)],
             {
                 "LOG_DIR": str(folder / "kafka-logs"),
                 "KAFKA_HEAP_OPTS": "-Xmx512m -Xms128m",
@@ -299,7 +299,7 @@ class Broker(Process):
             "".join(f"{name}={value}\n" for name, value in properties.items())
         )
         cluster = base64.urlsafe_b64encode(secrets.token_bytes(16)).decode().rstrip("=")
-        storage = [str(self._home / "bin" / "kafka-storage.sh"), "format", "--standalone"]
+        storage = [str(self.home / "bin" / "kafka-storage.sh"), "format", "--standalone"]
         storage += ["--cluster-id", cluster, "--config", str(self._settings)]
         done = subprocess.run(
             storage,

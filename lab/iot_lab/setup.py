@@ -40,6 +40,8 @@ HOSTS = (
     "vagrant",
 )
 TORCH = ("libopenblas0-pthread", "python3-torch", "python3-torchvision")
+# Training draws some of its images.
+FONTS = ("fonts-noto-color-emoji",)
 
 PROFILES = {
     "lab": "the hosts, and Ansible to converge them",
@@ -104,6 +106,8 @@ def _missing(profile: str) -> list[str]:
         wanted += HOSTS
     if profile != "lab":
         wanted += TORCH
+    if profile == "train":
+        wanted += FONTS
     missing = set(wanted) - _installed(wanted)
     if profile in {"lab", "test"} and not NEWEST_KEYRING.exists():
         missing.add("debian-archive-keyring")

@@ -138,7 +138,7 @@ class ProduceSettings(Settings):
         minimum=0,
     )
     compression: str = setting(
-        "none", "how images are compressed on their way", choices=("none", "gzip", "lz4", "zstd")
+        "zstd", "how images are compressed on their way", choices=("none", "gzip", "lz4", "zstd")
     )
     shuffle: bool = setting(False, "send the images in random order")
     seed: int = setting(0, "seed of the random order", minimum=0)
