@@ -40,7 +40,7 @@ HOSTS = (
     "vagrant",
 )
 TORCH = ("libopenblas0-pthread", "python3-torch", "python3-torchvision")
-# Training draws some of its images.
+# Training draws some of its images, and a test looks at how.
 FONTS = ("fonts-noto-color-emoji",)
 
 PROFILES = {
@@ -106,7 +106,7 @@ def _missing(profile: str) -> list[str]:
         wanted += HOSTS
     if profile != "lab":
         wanted += TORCH
-    if profile == "train":
+    if profile in {"test", "train"}:
         wanted += FONTS
     missing = set(wanted) - _installed(wanted)
     if profile in {"lab", "test"} and not NEWEST_KEYRING.exists():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 
-from iot_lab.processes import Pipeline, wait_for
+from iot_lab.processes import App, Pipeline, wait_for
+from iot_pipeline.produce import WINDOW_BYTES
 from iot_pipeline.schema import ImageMessage
 from iot_pipeline.sources import open_source
 
@@ -55,7 +57,8 @@ def test_shuffled_images_are_the_same_for_the_same_seed(pipeline: Pipeline) -> N
     "topic_limit, flags, named",
     [
         (1_100_000, ["--max-record-bytes", "20000"], "IOT_MAX_RECORD_BYTES=20000"),
-        (20_000, [], "raise the topic's max.message.bytes"),
+        # Uncompressed, since what counts for the broker is the size that arrives.
+        (20_000, ["--compression", "none"], "raise the topic's max.message.bytes"),
     ],
     ids=["by our limit", "by the broker's limit"],
 )
@@ -80,6 +83,109 @@ def test_too_large_an_image_is_refused_and_the_next_ones_are_sent(
     for line in refusals:
         assert " error id=" in line.replace(" image refused", "")
         assert named in line
+
+
+def sent_line(producer: App) -> dict[str, float]:
+    """The numbers of the producer's last word."""
+    line = next(line for line in producer.output().splitlines() if " info sent images=" in line)
+    return {name: float(value) for name, value in re.findall(r"(\w+)=([\d.e+]+)", line)}
+
+
+def peak_mib(producer: App) -> float:
+    """The most memory a running producer has held so far."""
+    status = Path(f"/proc/{producer.pid}/status").read_text()
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_a_broker_killed_under_full_load_gets_each_image_once(
+    pipeline: Pipeline, compression: str
+) -> None:
+    count = 20_000
+    flags = ("--count", str(count), "--interval", "0", "--compression", compression)
+    producer = pipeline.produce(*flags).start()
+    wait_for(lambda: sum(pipeline.broker.ends(pipeline.image_topic).values()) > 2000, "images", 60)
+    pipeline.broker.kill()
+    assert producer.running, "it was done before the broker died"
+    peak = peak_mib(producer)
+    wait_for(lambda: "broker does not confirm" in producer.output(), "a warning", 60)
+    # Images that cannot go anywhere do not pile up.
+    assert peak_mib(producer) - peak < 2 * WINDOW_BYTES / 2**20
+    pipeline.broker.start().wait_ready()
+    assert producer.wait(120) == 0, producer.output()
+    assert sent_line(producer)["images"] == count
+    messages = produced(pipeline, pipeline.image_topic)
+    assert len(messages) == count
+    assert len({message.id for message in messages}) == count
+
+
+def test_images_keep_their_order_in_each_partition_at_speed(pipeline: Pipeline) -> None:
+    producer = pipeline.produce("--count", "10000", "--interval", "0").start()
+    assert producer.wait(60) == 0, producer.output()
+    records = pipeline.broker.records(pipeline.image_topic)
+    assert len(records) == 10_000
+    keys = [(record.partition, record.key) for record in records]
+    assert keys == sorted(keys)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_those_too_large_for_the_topic_are_found_among_many(
+    pipeline: Pipeline, tmp_path: Path, compression: str
+) -> None:
+    sizes = {f"{number:03}": 500 for number in range(100)}
+    folder = make_images(tmp_path, sizes | {"020": 30_000, "021": 30_001, "077": 30_002})
+    topic = f"{pipeline.image_topic}-limited"
+    pipeline.broker.create_topics({topic: (4, 20_000)})
+    producer = pipeline.produce(
+        *("--source", str(folder), "--count", "1000", "--interval", "0"),
+        *("--image-topic", topic, "--compression", compression),
+    ).start()
+    assert producer.wait(120) == 1, producer.output()
+    messages = produced(pipeline, topic)
+    assert [len(message.data) for message in messages] == [500] * 970
+    assert len({message.id for message in messages}) == 970
+    refusals = [line for line in producer.output().splitlines() if "image refused" in line]
+    names = [line.split(" name=")[1].split()[0] for line in refusals]
+    assert names == ["cat/020.png", "cat/021.png", "cat/077.png"] * 10
+    assert (sent_line(producer)["images"], sent_line(producer)["refused"]) == (970, 30)
+
+
+def test_large_images_do_not_fill_the_memory(pipeline: Pipeline, tmp_path: Path) -> None:
+    folder = make_images(tmp_path, {str(number): 700_000 for number in range(5)})
+    producer = pipeline.produce("--source", str(folder), "--interval", "0").start().wait_ready()
+    wait_for(lambda: sum(pipeline.broker.ends(pipeline.image_topic).values()) > 200, "images", 60)
+    assert peak_mib(producer) < 200  # of the 256 that the role allows
+    assert producer.stop() == 0
+
+
+def test_sigterm_at_full_speed_leaves_nothing_unconfirmed(pipeline: Pipeline) -> None:
+    producer = pipeline.produce("--interval", "0").start().wait_ready()
+    wait_for(lambda: sum(pipeline.broker.ends(pipeline.image_topic).values()) > 2000, "images", 60)
+    assert producer.stop() == 0
+    last = sent_line(producer)
+    assert last["unconfirmed"] == 0
+    messages = produced(pipeline, pipeline.image_topic)
+    assert len({message.id for message in messages}) == len(messages) == last["images"]
+
+
+@pytest.mark.timeout(180)
+def test_sigterm_during_an_outage_says_what_is_not_confirmed(pipeline: Pipeline) -> None:
+    producer = pipeline.produce("--interval", "0").start().wait_ready()
+    pipeline.broker.kill()
+    try:
+        wait_for(lambda: "broker does not confirm" in producer.output(), "a warning", 60)
+        assert producer.stop() == 2, producer.output()
+    finally:
+        pipeline.broker.start().wait_ready()
+    last = sent_line(producer)
+    assert last["unconfirmed"] > 0
+    assert f"images not confirmed at the end images={last['unconfirmed']:.0f} id=" in (
+        producer.output()
+    )
+    keys = [record.key for record in pipeline.broker.records(pipeline.image_topic)]
+    assert len(set(keys)) == len(keys) >= last["images"]
 
 
 def test_sigterm_ends_it_between_two_images(pipeline: Pipeline) -> None:
