@@ -283,7 +283,7 @@ class Sender:
         kafka-python's then answers every record with the same refusal.
         """
         if self._spoiled:
-            self._producer.close(timeout=0)
+            self.close(timeout=1.0)
             self._producer = self._make_client()
             self._spoiled = False
 
@@ -397,7 +397,14 @@ class Sender:
 
     def close(self, timeout: float = 5.0) -> None:
         """Leave. What was not confirmed may be lost."""
-        self._producer.close(timeout=timeout)
+        try:
+            self._producer.close(timeout=timeout)
+        except KafkaTimeoutError:
+            # kafka-python waits for what was not confirmed, and then closes nothing. Its thread has
+            # to give that up first.
+            self._producer._sender.force_close()
+            self._producer._sender.join(timeout)
+            self._producer.close(timeout=0)
 
 
 def _explain(error: KafkaError, topic: str) -> Exception:
