@@ -5,8 +5,8 @@
 Starts a broker of its own on loopback. For each source and each compression `iot-pipeline produce
 --interval 0` sends the images to a new topic, and a plain consumer reads them back. Beside it,
 kafka-producer-perf-test.sh sends five times as many records of the same size, so that its Java is
-warm. A SOURCE is one of the
-producer's; with `png:` before it, its images are sent as PNG. Prints medians as Markdown.
+warm. A SOURCE is one of the producer's; with `png:` before it, its images are sent as PNG. Prints
+medians as Markdown.
 """
 
 from __future__ import annotations

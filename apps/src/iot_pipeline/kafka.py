@@ -402,8 +402,9 @@ class Sender:
         except KafkaTimeoutError:
             # kafka-python waits for what was not confirmed, and then closes nothing. Its thread has
             # to give that up first.
-            self._producer._sender.force_close()
-            self._producer._sender.join(timeout)
+            thread = self._producer._sender  # noqa: SLF001 - nothing public ends it
+            thread.force_close()
+            thread.join(timeout)
             self._producer.close(timeout=0)
 
 
