@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from kafka import KafkaProducer
 
 from iot_lab.processes import Pipeline, wait_for
 from iot_pipeline.schema import ImageMessage, PredictionMessage, now, uuid7
 
 
-def make_messages() -> tuple[ImageMessage, PredictionMessage]:
+def make_messages(data: bytes = b"bytes of an image") -> tuple[ImageMessage, PredictionMessage]:
     identifier = uuid7()
     image = ImageMessage(
         id=identifier,
         ground_truth="cat",
-        data=b"bytes of an image",
+        data=data,
         content_type="image/png",
         produced_at=now(),
         source="test",
@@ -123,3 +124,23 @@ def assert_stored() -> Callable[[Pipeline, int], None]:
         assert len(pipeline.documents()) == images
 
     return check
+
+
+def test_a_backlog_is_taken_in_step_to_its_end(pipeline: Pipeline) -> None:
+    """Each document of a long backlog is written once, and no record stays behind."""
+    images = 3000  # several fetches of each partition, and more than may wait in memory
+    producer = KafkaProducer(bootstrap_servers=pipeline.broker.bootstrap_servers, linger_ms=20)
+    messages = [make_messages(bytes(3000)) for _ in range(images)]
+    for topic, place in ((pipeline.image_topic, 0), (pipeline.prediction_topic, 1)):
+        for message in messages:
+            producer.send(topic, key=message[place].key, value=message[place].encode())
+    producer.flush()
+    producer.close()
+    pipeline.store("--max-batch-size", "200", "--max-batch-delay", "5").start().wait_ready()
+    wait_for(lambda: done_with(pipeline), "the end of both topics", 60)
+    documents = pipeline.documents().values()
+    assert len(documents) == images
+    assert all("StoredAt" in document for document in documents)
+    once = sum(document["_rev"].startswith("1-") for document in documents)
+    # At the end of a topic the partitions run out one after the other.
+    assert once > 0.9 * images

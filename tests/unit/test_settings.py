@@ -36,7 +36,7 @@ def test_defaults() -> None:
     assert loaded.max_batch_size == 32
     assert loaded.group_id == "iot-inference"
     assert loaded.group_instance_id == socket.gethostname()
-    assert load(StoreSettings, environment={}).max_batch_size == 500
+    assert load(StoreSettings, environment={}).max_batch_size == 1000
     assert load(ProduceSettings, environment={}).interval == 10
 
 

@@ -21,6 +21,7 @@ from kafka.errors import (
     FencedInstanceIdError,
     KafkaTimeoutError,
     NodeNotReadyError,
+    RebalanceInProgressError,
 )
 from kafka.structs import MemberState, OffsetAndMetadata, TopicPartition
 
@@ -42,6 +43,7 @@ from iot_pipeline.worker import Membership, Worker
 
 ONE = TopicPartition("iot-topic", 0)
 TWO = TopicPartition("iot-topic", 1)
+FETCHED = 3  # records of a partition that come at once
 
 
 @dataclass
@@ -117,7 +119,10 @@ class FakeConsumer:
         for partition, start in list(self.positions.items()):
             if partition in self.paused_partitions | self.hidden:
                 continue
-            values = self.partitions[partition][start : start + max_records]
+            assert (
+                max_records >= FETCHED
+            )  # as much as was fetched, or kafka-python forgets the rest
+            values = self.partitions[partition][start : start + FETCHED]
             if values:
                 polled[partition] = [
                     KafkaRecord(partition.topic, partition.partition, start + place, b"key", value)
@@ -146,6 +151,10 @@ class FakeConsumer:
 
     def group_metadata(self) -> Any:
         return SimpleNamespace(state=self.state)
+
+    def rejoin(self) -> None:
+        self.log.add("rejoin")
+        self.state = MemberState.STABLE
 
     def highwater(self, partition: TopicPartition) -> int | None:
         return len(self.partitions[partition])
@@ -317,7 +326,7 @@ def test_while_the_sink_is_down_polling_goes_on_and_full_partitions_are_paused(r
     polls = [paused for name, paused in between if name == "poll"]
     assert polls
     assert polls[-1] == {ONE}
-    assert max(taken) <= 2 * (MAX_IN_FLIGHT + 2)
+    assert max(taken) <= 2 * MAX_IN_FLIGHT + 2 + FETCHED
     assert [value for batch in rig.log.named("written") for value in batch] == values
     assert rig.consumer.committed == {ONE: 100}
 
@@ -606,6 +615,15 @@ def test_a_poll_that_fails_is_tried_again(rig: Rig, monkeypatch: pytest.MonkeyPa
     rig.consumer.add(ONE, b"a")
     rig.consumer.poll_errors = [NodeNotReadyError(), NodeNotReadyError()]
     rig.run()
+    assert rig.consumer.committed == {ONE: 1}
+
+
+def test_a_rebalance_that_the_client_has_forgotten_is_begun_anew(rig: Rig) -> None:
+    rig.consumer.add(ONE, b"a")
+    rig.consumer.commit_errors = [RebalanceInProgressError()]
+    rig.consumer.on_poll = [lambda: setattr(rig.consumer, "state", MemberState.REBALANCING)]
+    rig.run()
+    assert rig.log.named("rejoin") == [None]
     assert rig.consumer.committed == {ONE: 1}
 
 

@@ -68,18 +68,22 @@ class Intake:
             or self._bytes.get(partition, 0) >= share
         }
 
-    def starving(self, ends: Mapping[TopicPartition, int | None]) -> bool:
-        """Whether a partition holds nothing although the broker is known to have more of it.
+    def lacking(self, ends: Mapping[TopicPartition, int | None]) -> bool:
+        """Whether the next batch would lack records that the broker is known to have.
+
+        It would, if it were not full, or had none of a partition.
 
         Args:
             ends: the end of each assigned partition at the broker; None where it is not known yet,
                 as in the first moments after the start. Many records of one partition then suggest
                 that the others have as many.
         """
-        backlog = len(self) >= self._max_records
+        enough = len(self) >= self._max_records
+        full = self.full(ends)
         return any(
-            not self._waiting.get(partition)
-            and (backlog if end is None else end > self._ends.get(partition, end))
+            partition not in full
+            and not (enough and self._waiting.get(partition))
+            and (enough if end is None else end > self._ends.get(partition, end))
             for partition, end in ends.items()
         )
 

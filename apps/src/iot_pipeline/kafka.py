@@ -41,6 +41,7 @@ DELIVERY_TIMEOUT_MS = 20_000
 # 2**31 - 1 milliseconds, 24 days, is the longest that Kafka's clients know.
 NO_DELIVERY_TIMEOUT_MS = 2**31 - 1
 REQUEST_TIMEOUT_MS = 10_000
+PARTITION_FETCH_BYTES = 1024 * 1024
 # Room in a request for what surrounds the largest record: its framing, and the reason in a dead
 # letter.
 REQUEST_OVERHEAD_BYTES = 131_072
@@ -149,13 +150,26 @@ def split_address(server: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def make_consumer(settings: ConsumerSettings) -> KafkaConsumer:
+class GroupConsumer(KafkaConsumer):  # type: ignore[misc] # it has no types
+    """A member of a consumer group."""
+
+    def rejoin(self) -> None:
+        """Join the group anew at the next poll, keeping the partitions.
+
+        kafka-python 3.0.12 forgets a rebalance that it began in one poll, because topics have
+        changed, when the group's answer comes before the next poll. It then takes part in nothing
+        any more, and all commits fail. Short polls make that likely.
+        """
+        self._coordinator.request_rejoin()
+
+
+def make_consumer(settings: ConsumerSettings) -> GroupConsumer:
     """A consumer that joins its group, once subscribed, and commits nothing by itself.
 
     Raises:
         KafkaError: no broker answered.
     """
-    return KafkaConsumer(
+    return GroupConsumer(
         **_options(settings),
         group_id=settings.group_id,
         group_instance_id=settings.group_instance_id or None,
@@ -164,13 +178,11 @@ def make_consumer(settings: ConsumerSettings) -> KafkaConsumer:
         enable_auto_commit=False,
         # Members keep their partitions through a rebalance, but for those that move.
         partition_assignment_strategy=[CooperativeStickyAssignor],
-        max_poll_records=settings.max_batch_size,
         # New partitions are noticed within this time.
         metadata_max_age_ms=60_000,
-        # Below the largest record, the consumer would need a fetch for each; far above, memory
-        # goes to records that wait.
-        max_partition_fetch_bytes=2 * settings.max_record_bytes,
-        fetch_max_bytes=max(2 * settings.max_record_bytes, 16 * 1024 * 1024),
+        # What waits in the client. A record that is larger comes alone.
+        max_partition_fetch_bytes=PARTITION_FETCH_BYTES,
+        fetch_max_bytes=16 * PARTITION_FETCH_BYTES,
     )
 
 

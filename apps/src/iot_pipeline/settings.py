@@ -253,7 +253,7 @@ class StoreSettings(CouchSettings, ConsumerSettings):
 
     group_id: str = setting("iot-storage", "consumer group", required=True)
     max_batch_size: int = setting(
-        500, "most records handled at once", unit="records", minimum=1, maximum=100_000
+        1000, "most records handled at once", unit="records", minimum=1, maximum=100_000
     )
 
 

@@ -41,6 +41,9 @@ log = Log("worker")
 POLL_SECONDS = 1.0
 # While batches are in flight: short enough that what is done is soon committed.
 BUSY_POLL_SECONDS = 0.02
+# kafka-python 3.0.12 does not return the rest of a fetch that was returned in part before its
+# partition was paused and resumed. A fetch is bounded: see `kafka.make_consumer`.
+ALL_THAT_WAS_FETCHED = 2**31
 COMMIT_TIMEOUT_SECONDS = 10.0
 CLOSE_TIMEOUT_SECONDS = 5.0
 # What is in hand on SIGTERM gets so long. systemd allows 45 seconds in all.
@@ -77,6 +80,10 @@ class Consumer(Protocol):
 
     def group_metadata(self) -> Any:
         """Our membership; of it, `state`."""
+        ...
+
+    def rejoin(self) -> None:
+        """Join the group anew at the next poll."""
         ...
 
     def highwater(self, partition: TopicPartition) -> int | None:
@@ -195,19 +202,26 @@ class Worker(Generic[ItemT, ResultT]):
         outage = self._pipeline.outage
         if outage is not None:
             self._service.status(f"waiting for {self._sink}: {outage}")
-        elif self._consumer.group_metadata().state is MemberState.STABLE:
+        elif self._member():
             self._service.ready("working")
 
     def _patience(self) -> float:
         """Seconds to wait for records."""
+        if not self._member():
+            return POLL_SECONDS
         if len(self._pipeline.in_flight) >= MAX_IN_FLIGHT:
             return 0.0
         if self._pipeline.in_flight or self._intake or self._done:
             return BUSY_POLL_SECONDS
         return POLL_SECONDS
 
+    def _member(self) -> bool:
+        """Whether we are in the group, and it is not being rebalanced."""
+        return self._consumer.group_metadata().state is MemberState.STABLE
+
     def _poll(self, seconds: float) -> bool:
         """Take in records that have come. False: there were none."""
+        member = self._member()
         assigned = self._consumer.assignment()
         full, paused = self._intake.full(assigned), self._consumer.paused() & assigned
         if full - paused:
@@ -217,7 +231,7 @@ class Worker(Generic[ItemT, ResultT]):
         started = time.monotonic()
         try:
             polled = self._consumer.poll(
-                timeout_ms=int(seconds * 1000), max_records=self._settings.max_batch_size
+                timeout_ms=int(seconds * 1000), max_records=ALL_THAT_WAS_FETCHED
             )
         except KafkaError as error:
             self._raise_if_hopeless(error)
@@ -225,6 +239,8 @@ class Worker(Generic[ItemT, ResultT]):
             self._service.wait(POLL_SECONDS)
             polled = {}
         metrics.POLL_SECONDS.observe(time.monotonic() - started)
+        if not member and self._consumer.group_metadata().state is MemberState.REBALANCING:
+            self._consumer.rejoin()
         self._forget(self._membership.take_revoked())
         for partition, records in polled.items():
             self._intake.add(partition, records)
@@ -253,7 +269,7 @@ class Worker(Generic[ItemT, ResultT]):
             partition: self._consumer.highwater(partition)
             for partition in self._consumer.assignment()
         }
-        if not self._intake.starving(ends):
+        if not self._intake.lacking(ends):
             return False
         self._filling_since = self._filling_since or time.monotonic()
         return time.monotonic() - self._filling_since < self._settings.max_batch_delay
