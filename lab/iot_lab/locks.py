@@ -7,7 +7,13 @@ from iot_lab.console import say, step
 from iot_lab.shell import answer, shown
 
 UV = paths.STATE / "venv" / "uv"
-EXTRAS = ("producer", "inference", "storage")
+EXTRAS = (
+    "producer",
+    "inference",
+    "inference-onnxruntime",
+    "inference-openvino",
+    "storage",
+)
 # One lock serves every Python that a host or a control host can have.
 OPTIONS = ("--quiet", "--universal", "--python-version", "3.11", "--generate-hashes", "--no-header")
 

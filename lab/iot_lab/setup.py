@@ -162,7 +162,8 @@ def _apps() -> None:
         "apps",
         paths.APPS,
         locks,
-        ["--require-hashes", *locked_packages],
+        # As the role does: the locks name all there is, and numpy is the operating system's.
+        ["--require-hashes", "--no-deps", *locked_packages],
         options=["--system-site-packages"],
     )
     wheel = apps_wheel()
