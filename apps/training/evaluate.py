@@ -39,7 +39,7 @@ def evaluate(classifier: Classifier, source: Path, batch_size: int = 100) -> dic
     images = labelled_images(source)
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
-        predictions = classifier.predict([image for image, _ in batch])
+        predictions = classifier.predict([classifier.prepare(image) for image, _ in batch])
         pairs.update(
             (truth, seen.label) for (_, truth), seen in zip(batch, predictions, strict=True)
         )

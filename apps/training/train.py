@@ -29,7 +29,9 @@ from images import labelled_images
 from torch import Tensor, nn
 from torch.nn import functional
 
-from iot_pipeline.classifier import SHIPPED_WEIGHTS, cifar_resnet18
+from iot_pipeline.model import SHIPPED_WEIGHTS
+from iot_pipeline.network import cifar_resnet18
+from iot_pipeline.quantisation import measure_ranges
 from iot_pipeline.schema import CLASSES
 
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -149,13 +151,33 @@ def accuracy(model: nn.Module, data: Data, batch_size: int = 250) -> float:
     return right / len(data)
 
 
+RANGE_IMAGES = 1000
+"""How many training images the ranges for int8 are measured on; more hardly move them."""
+
+
+def activation_ranges(model: nn.Module, data: Data) -> dict[str, list[float]]:
+    """The range of what goes into each layer, on training images spread over all of `data`.
+
+    Leaves the model in evaluation mode.
+    """
+    model.eval()
+    images = data.images[:: max(1, len(data) // RANGE_IMAGES)]
+    measured = measure_ranges(model, (normalise(part) for part in images.split(100)))
+    return {layer: [round(edge, 4) for edge in pair] for layer, pair in measured.items()}
+
+
 def export(
-    model: nn.Module, out: Path, channels: tuple[int, ...], training: dict[str, Any]
+    model: nn.Module,
+    data: Data,
+    out: Path,
+    channels: tuple[int, ...],
+    training: dict[str, Any],
 ) -> None:
     """Write the weights in half precision and their `config.json` into `out`.
 
     Args:
-        model: what to export.
+        model: what to export; left in evaluation mode.
+        data: training images, to measure the ranges for int8 on.
         out: a folder; made if it is not there. `local-dir:` of the classifier reads it.
         channels: width of the four stages.
         training: how it was trained, for the reader of `config.json`.
@@ -180,6 +202,7 @@ def export(
         "std": list(STD),
         "weights": SHIPPED_WEIGHTS,
         "sha256": digest,
+        "activation_ranges": activation_ranges(model, data),
         "training": training,
     }
     partial.replace(weights)
@@ -243,7 +266,7 @@ class Trainer:
                 "seed": self.options.seed,
                 "drawings": self.options.drawings,
             }
-            export(self.model, self.options.out, self.channels, training)
+            export(self.model, self.data, self.options.out, self.channels, training)
             if progress >= 1:
                 return
 

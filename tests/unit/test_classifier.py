@@ -8,6 +8,7 @@ import os
 import pickle
 import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +22,9 @@ pytest.importorskip("timm", reason="timm is not installed")
 import safetensors.torch
 import torch
 
-from iot_pipeline import classifier
-from iot_pipeline.classifier import Classifier, ModelError, cifar_resnet18, load_classifier
+from iot_pipeline import model as models
+from iot_pipeline.classifier import Classifier, ModelError, Prediction, load_classifier
+from iot_pipeline.network import cifar_resnet18
 from iot_pipeline.schema import CLASSES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -37,11 +39,15 @@ def labelled(archive: Path) -> list[tuple[str, bytes]]:
         return [(Path(m.name).parent.name, file.read()) for m, file in files if file is not None]
 
 
+def classify(model: Classifier, images: Sequence[Image.Image]) -> list[Prediction]:
+    return model.predict([model.prepare(image) for image in images])
+
+
 def accuracy(model: Classifier, images: list[tuple[str, bytes]]) -> float:
     right = 0
     for start in range(0, len(images), 100):
         batch = images[start : start + 100]
-        seen = model.predict([Image.open(io.BytesIO(content)) for _, content in batch])
+        seen = classify(model, [Image.open(io.BytesIO(content)) for _, content in batch])
         right += sum(p.label == label for p, (label, _) in zip(seen, batch, strict=True))
     return right / len(images)
 
@@ -84,13 +90,13 @@ def test_stem_keeps_the_resolution() -> None:
 
 
 def test_name_tells_the_weights_apart(shipped: Classifier) -> None:
-    weights = importlib.resources.files("iot_pipeline.models") / classifier.SHIPPED_WEIGHTS
+    weights = importlib.resources.files("iot_pipeline.models") / models.SHIPPED_WEIGHTS
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     assert shipped.name == f"resnet18@{digest[:12]}"
 
 
 def test_shipped_weights_are_small() -> None:
-    weights = importlib.resources.files("iot_pipeline.models") / classifier.SHIPPED_WEIGHTS
+    weights = importlib.resources.files("iot_pipeline.models") / models.SHIPPED_WEIGHTS
     assert len(weights.read_bytes()) <= 6_000_000
 
 
@@ -102,7 +108,7 @@ def test_any_size_and_mode_is_classified(shipped: Classifier) -> None:
         Image.new("P", (33, 31)),
     ]
     shipped.warm_up()
-    predictions = shipped.predict(images)
+    predictions = classify(shipped, images)
     assert len(predictions) == len(images)
     for prediction in predictions:
         assert prediction.label in CLASSES
@@ -115,9 +121,9 @@ def test_nothing_is_predicted_of_nothing(shipped: Classifier) -> None:
 
 def test_batching_changes_no_prediction(shipped: Classifier) -> None:
     images = [Image.effect_noise((32, 32), sigma) for sigma in (10, 60, 120)]
-    together = shipped.predict(images)
+    together = classify(shipped, images)
     for image, expected in zip(images, together, strict=True):
-        alone = shipped.predict([image])[0]
+        alone = classify(shipped, [image])[0]
         assert alone.label == expected.label
         assert alone.confidence == pytest.approx(expected.confidence, abs=1e-4)
 
@@ -131,7 +137,7 @@ def test_local_folder_round_trip(tmp_path: Path, weights: str) -> None:
     network = cifar_resnet18(NARROW).eval()
     with torch.inference_mode():  # black, normalised by hand
         expected = network(torch.full((1, 3, 32, 32), -2.0)).softmax(1).max()
-    prediction = model.predict([Image.new("RGB", (32, 32))])[0]
+    prediction = classify(model, [Image.new("RGB", (32, 32))])[0]
     assert prediction.confidence == pytest.approx(float(expected), abs=1e-5)
 
 
@@ -143,7 +149,7 @@ def test_settings_of_timm_are_understood(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = load_classifier(f"local-dir:{tmp_path}")
     assert model.labels == tuple("abcdefghij")
-    assert model.predict([Image.new("RGB", (32, 32))])[0].label in model.labels
+    assert classify(model, [Image.new("RGB", (32, 32))])[0].label in model.labels
 
 
 @pytest.mark.parametrize(
@@ -247,7 +253,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 def test_hub_models_are_pinned(hub: Hub) -> None:
     write_model(hub.folder, "pytorch_model.bin")
     assert load_classifier("hf-hub:someone/model", revision=COMMIT).name.startswith("resnet18@")
-    known, commit = next(iter(classifier.HUB_REVISIONS.items()))
+    known, commit = next(iter(models.HUB_REVISIONS.items()))
     load_classifier(f"hf-hub:{known}")
     assert hub.asked == [("someone/model", COMMIT), (known, commit)]
 

@@ -13,9 +13,9 @@ from iot_pipeline.errors import ConfigError, Exit
 from iot_pipeline.settings import (
     COMMANDS,
     AuditSettings,
+    CommandSettings,
     InferSettings,
     ProduceSettings,
-    Settings,
     StoreSettings,
     describe,
     environment_name,
@@ -199,6 +199,6 @@ def test_a_wrong_setting_ends_the_command_with_its_own_status(
 
 def test_common_settings_mean_the_same_everywhere() -> None:
     for command in COMMANDS:
-        assert issubclass(command.settings, Settings)
+        assert issubclass(command.settings, CommandSettings)
         assert command.settings.SERVICE
         assert command.settings.DESCRIPTION

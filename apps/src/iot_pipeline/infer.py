@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Protocol
 
 from PIL import Image, UnidentifiedImageError
 
@@ -163,21 +163,6 @@ class InferStage:
             log.info("classified batch", images=len(items))
 
 
-class _FromImages:
-    """A classifier of images as one of prepared images."""
-
-    def __init__(self, classifier: Any, size: tuple[int, int] = (32, 32)) -> None:
-        self._predict: Callable[[list[Image.Image]], list[_Prediction]] = classifier.predict
-        self._size = size
-        self.name = classifier.name
-
-    def prepare(self, image: Image.Image) -> bytes:
-        return image.resize(self._size, Image.Resampling.BICUBIC).tobytes()
-
-    def predict(self, images: Sequence[bytes]) -> Sequence[_Prediction]:
-        return self._predict([Image.frombytes("RGB", self._size, data) for data in images])
-
-
 def run(settings: InferSettings) -> int:
     """Classify images until SIGTERM.
 
@@ -192,11 +177,14 @@ def run(settings: InferSettings) -> int:
             settings.model,
             revision=settings.model_revision or None,
             threads=settings.threads or None,
+            engine=settings.engine,
+            precision=settings.precision,
+            cache=settings.model_cache,
         )
         classifier.warm_up()
-        log.info("model ready", model=classifier.name)
+        log.info("model ready", model=classifier.name, engine=settings.engine)
         run_stage(
-            lambda sender: InferStage(settings, _FromImages(classifier), sender),
+            lambda sender: InferStage(settings, classifier, sender),
             settings,
             service,
         )

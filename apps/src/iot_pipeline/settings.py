@@ -67,14 +67,19 @@ def setting(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What every command needs."""
+class CommandSettings:
+    """What `load` and the command line have to know of a command's settings."""
 
     SERVICE: ClassVar[str] = ""
     """The systemd unit's name, which is also the settings file's and the dead letters' `stage`."""
     SETTINGS_FILES: ClassVar[tuple[str, ...]] = ()
     """Settings files to look for, by service; the first that exists is read."""
     DESCRIPTION: ClassVar[str] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(CommandSettings):
+    """What every command with a connection to Kafka needs."""
 
     bootstrap_servers: str = setting(
         "localhost:9092", "Kafka brokers as host:port, separated by commas", required=True
@@ -181,15 +186,14 @@ class ConsumerSettings(Settings):
     )
 
 
+def _model_cache() -> str:
+    return str(Path(_cache_directory()) / "models")
+
+
 @dataclass(frozen=True, kw_only=True)
-class InferSettings(ConsumerSettings):
-    """`iot-pipeline infer`."""
+class ModelSettings:
+    """What every command with a model needs."""
 
-    SERVICE = "iot-inference"
-    SETTINGS_FILES = ("iot-inference",)
-    DESCRIPTION = "Classify the images of one topic and send predictions to another."
-
-    group_id: str = setting("iot-inference", "consumer group", required=True)
     model: str = setting(
         "shipped",
         "shipped (the weights that come with this package), local-dir:PATH, or hf-hub:OWNER/NAME",
@@ -201,8 +205,61 @@ class InferSettings(ConsumerSettings):
     threads: int = setting(
         0, "threads the model computes with; 0 takes one for each core", minimum=0, maximum=1024
     )
+    engine: str = setting(
+        "torch",
+        "what runs the model; all but torch need a model that `prepare-model` compiled",
+        choices=("torch", "torch-compile", "onnxruntime", "openvino"),
+    )
+    precision: str = setting(
+        "auto",
+        "what the model computes with: auto is int8 where the engine has it and the model comes "
+        "with activation ranges, else fp32",
+        choices=("auto", "fp32", "bf16", "int8"),
+    )
+    model_cache: str = setting(
+        _model_cache, "folder of the models that `prepare-model` compiled", metavar="DIR"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferSettings(ModelSettings, ConsumerSettings):
+    """`iot-pipeline infer`."""
+
+    SERVICE = "iot-inference"
+    SETTINGS_FILES = ("iot-inference",)
+    DESCRIPTION = "Classify the images of one topic and send predictions to another."
+
+    group_id: str = setting("iot-inference", "consumer group", required=True)
     max_image_pixels: int = setting(
         4_194_304, "largest image that is decoded", unit="pixels", minimum=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareModelSettings(ModelSettings, CommandSettings):
+    """`iot-pipeline prepare-model`."""
+
+    SERVICE = "iot-prepare-model"
+    # The model is prepared for the service, with its settings.
+    SETTINGS_FILES = ("iot-inference",)
+    DESCRIPTION = (
+        "Compile the model for its engine, once. It is compared with torch in single precision and "
+        "refused (exit status 1) when its accuracy is more than half a point lower. The last line "
+        "begins with `made`, or with `found` where there was nothing to do."
+    )
+
+    validation_images: str = setting(
+        "sample",
+        "labelled images to compare on: sample, or the path of a folder or tar of class-named "
+        "folders",
+        required=True,
+        metavar="sample|PATH",
+    )
+    calibration_images: str = setting(
+        "",
+        "training images to measure the ranges for int8 on, instead of those that come with the "
+        "model: the path of a folder or tar of class-named folders",
+        metavar="PATH",
     )
 
 
@@ -287,7 +344,7 @@ class AuditSettings(CouchSettings, Settings):
     json: bool = setting(False, "print one JSON object on one line")
 
 
-SettingsT = TypeVar("SettingsT", bound=Settings)
+SettingsT = TypeVar("SettingsT", bound=CommandSettings)
 
 
 def environment_name(name: str) -> str:
@@ -300,7 +357,7 @@ def flag_name(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def add_arguments(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:
+def add_arguments(parser: argparse.ArgumentParser, kind: type[CommandSettings]) -> None:
     """Add a flag for each setting of `kind` and `--env-file`."""
     parser.add_argument(
         "--env-file",
@@ -407,7 +464,7 @@ def _parse_number(about: Mapping[str, Any], type_: type, text: str, origin: str)
 
 
 def _settings_file(
-    kind: type[Settings], flag: str | None, environment: Mapping[str, str]
+    kind: type[CommandSettings], flag: str | None, environment: Mapping[str, str]
 ) -> tuple[Path | None, dict[str, str]]:
     named = flag or environment.get("IOT_ENV_FILE")
     if named:
@@ -462,7 +519,7 @@ def parse_env_file(text: str) -> dict[str, str]:
     return values
 
 
-def describe(settings: Settings) -> dict[str, Any]:
+def describe(settings: CommandSettings) -> dict[str, Any]:
     """The settings in effect, for the log. No setting holds a secret: passwords are in files."""
     return {declared.name: getattr(settings, declared.name) for declared in fields(settings)}
 
@@ -472,10 +529,10 @@ class Command:
     """A subcommand: its name, its settings, and the module whose `run(settings)` does the work."""
 
     name: str
-    settings: type[Settings]
+    settings: type[CommandSettings]
     module: str
 
-    def load(self, flags: Mapping[str, Any]) -> Settings:
+    def load(self, flags: Mapping[str, Any]) -> CommandSettings:
         """The command's settings; see `load`."""
         return load(self.settings, flags)
 
@@ -483,6 +540,7 @@ class Command:
 COMMANDS: tuple[Command, ...] = (
     Command("produce", ProduceSettings, "iot_pipeline.produce"),
     Command("infer", InferSettings, "iot_pipeline.infer"),
+    Command("prepare-model", PrepareModelSettings, "iot_pipeline.prepare"),
     Command("store", StoreSettings, "iot_pipeline.store"),
     Command("audit", AuditSettings, "iot_pipeline.audit"),
 )

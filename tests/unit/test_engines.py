@@ -1,0 +1,313 @@
+"""Engines: which there are, what they refuse, and that all of them see what torch sees."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from iot_pipeline import cli, engines, prepare
+from iot_pipeline.classifier import PREPARED, load_classifier, prepared_folder
+from iot_pipeline.engines import MODULES, PRECISIONS, EngineError, choose_precision, find_engine
+from iot_pipeline.errors import ConfigError, Exit
+from iot_pipeline.model import Model, find_model
+from iot_pipeline.prepare import ParityError, check_parity
+from iot_pipeline.settings import PrepareModelSettings, load
+
+ROOT = Path(__file__).parents[2]
+MODEL = find_model()
+UNCALIBRATED = replace(MODEL, config=replace(MODEL.config, ranges=None))
+
+with_torch = pytest.mark.skipif(
+    not importlib.util.find_spec("torch"), reason="PyTorch is not installed"
+)
+
+
+def needs(*packages: str) -> pytest.MarkDecorator:
+    missing = [name for name in packages if not importlib.util.find_spec(name)]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
+COMPILED = [
+    pytest.param(name, precision, marks=needs("torch", package), id=f"{name}-{precision}")
+    for name, package in (("openvino", "openvino"), ("onnxruntime", "onnxruntime"))
+    for precision in PRECISIONS[name]
+]
+
+
+def settings(cache: Path, **changes: Any) -> PrepareModelSettings:
+    return load(PrepareModelSettings, {"model_cache": str(cache), "threads": 1, **changes}, {})
+
+
+def images() -> list[Image.Image]:
+    return [Image.effect_noise((32, 32), sigma).convert("RGB") for sigma in (10, 40, 80, 120, 160)]
+
+
+def test_every_engine_has_its_module_and_precisions() -> None:
+    assert set(MODULES) == set(PRECISIONS)
+    for name in MODULES.values():
+        assert importlib.util.find_spec(name)
+    assert all("fp32" in known for known in PRECISIONS.values())
+
+
+def test_the_role_knows_the_same_engines_and_precisions() -> None:
+    role = ROOT / "roles/inference_node"
+    known = yaml.safe_load((role / "vars/main.yml").read_text())["_inference_node_precisions"]
+    assert {name: tuple(precisions) for name, precisions in known.items()} == PRECISIONS
+    specs = yaml.safe_load((role / "meta/argument_specs.yml").read_text())
+    options = specs["argument_specs"]["main"]["options"]
+    assert options["inference_node_engine"]["choices"] == list(MODULES)
+
+
+def test_settings_offer_every_engine_and_precision() -> None:
+    for name in MODULES:
+        for precision in (*PRECISIONS[name], "auto"):
+            loaded = load(PrepareModelSettings, {"engine": name, "precision": precision}, {})
+            assert (loaded.engine, loaded.precision) == (name, precision)
+
+
+def test_an_engine_that_is_not_installed_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.delitem(sys.modules, MODULES["openvino"], raising=False)
+    with pytest.raises(EngineError, match=r"inference_node_engine.*inference-openvino") as caught:
+        find_engine("openvino")
+    assert "IOT_ENGINE" in str(caught.value)
+    assert caught.value.exit_status == Exit.CONFIG
+
+
+def test_an_unknown_engine_is_refused_with_those_there_are() -> None:
+    with pytest.raises(EngineError, match="torch, torch-compile, onnxruntime, openvino"):
+        find_engine("tensorflow")
+
+
+@pytest.mark.parametrize(
+    "engine,precision,model,calibrated,chosen",
+    [
+        ("torch", "auto", MODEL, False, "fp32"),
+        ("openvino", "auto", MODEL, False, "int8"),
+        ("onnxruntime", "auto", MODEL, False, "int8"),
+        ("openvino", "auto", UNCALIBRATED, False, "fp32"),
+        # Images are for who asks for int8: a service without them would look for another model.
+        ("openvino", "auto", UNCALIBRATED, True, "fp32"),
+        ("openvino", "int8", UNCALIBRATED, True, "int8"),
+        ("openvino", "bf16", UNCALIBRATED, False, "bf16"),
+    ],
+)
+def test_precision(
+    engine: str, precision: str, model: Model, calibrated: bool, chosen: str
+) -> None:
+    assert choose_precision(engine, precision, model, calibrated=calibrated) == chosen
+
+
+@pytest.mark.parametrize(
+    "engine,precision,words",
+    [
+        ("torch", "int8", r"only fp32, bf16; onnxruntime, openvino would have it.*IOT_ENGINE"),
+        ("onnxruntime", "bf16", r"only fp32, int8; torch, torch-compile, openvino would"),
+        ("openvino", "int8", r"IOT_CALIBRATION_IMAGES.*inference_node_calibration_images"),
+    ],
+)
+def test_a_precision_that_there_is_not_is_refused_with_what_there_is(
+    engine: str, precision: str, words: str
+) -> None:
+    with pytest.raises(EngineError, match=words):
+        choose_precision(engine, precision, UNCALIBRATED, calibrated=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"engine": "onnxruntime"},
+        {"version": "2"},
+        {"precision": "fp32"},
+        {"model": replace(MODEL, digest="0" * 64)},
+        {"model": replace(MODEL, config=replace(MODEL.config, mean=(0.0, 0.0, 0.0)))},
+        {"model": UNCALIBRATED},
+    ],
+    ids=["engine", "version", "precision", "weights", "normalisation", "ranges"],
+)
+def test_a_prepared_model_is_found_by_all_that_it_depends_on(change: dict[str, Any]) -> None:
+    inputs = {"model": MODEL, "engine": "openvino", "version": "1", "precision": "int8"}
+    same = prepared_folder("/cache", **inputs)  # type: ignore[arg-type]
+    assert same == prepared_folder("/cache", **inputs)  # type: ignore[arg-type]
+    assert same != prepared_folder("/cache", **{**inputs, **change})
+
+
+def test_ranges_matter_to_int8_alone() -> None:
+    for precision, equal in (("fp32", True), ("int8", False)):
+        folders = {
+            prepared_folder("/cache", model, "openvino", "1", precision)
+            for model in (MODEL, UNCALIBRATED)
+        }
+        assert (len(folders) == 1) is equal
+
+
+@pytest.mark.parametrize(
+    "engine,precision",
+    [
+        pytest.param("openvino", "int8", marks=needs("openvino")),
+        pytest.param("torch", "bf16", marks=needs("torch", "timm")),
+    ],
+)
+def test_a_model_that_is_not_prepared_is_an_error_that_says_what_to_do(
+    tmp_path: Path, engine: str, precision: str
+) -> None:
+    with pytest.raises(EngineError, match="run `iot-pipeline prepare-model`") as caught:
+        load_classifier(engine=engine, precision=precision, cache=tmp_path)
+    assert "inference_node_engine" in str(caught.value)
+
+
+@pytest.mark.parametrize("engine,precision", COMPILED)
+def test_a_compiled_engine_sees_what_torch_sees(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str, precision: str
+) -> None:
+    chosen = settings(tmp_path, engine=engine, precision=precision)
+    assert prepare.run(chosen) == Exit.OK
+    assert capsys.readouterr().out.splitlines()[-1].startswith("made ")
+    assert prepare.run(chosen) == Exit.OK
+    assert capsys.readouterr().out.startswith("found ")
+
+    compiled = load_classifier(engine=engine, precision=precision, cache=tmp_path, threads=1)
+    torch = load_classifier(threads=1)
+    assert compiled.name == torch.name
+    pixels = [torch.prepare(image) for image in images()]
+    together = compiled.predict(pixels)
+    # Rounding shows in how sure it is. The images are noise, so it is not sure at all.
+    near = 0.15 if precision == "int8" else 0.02 if precision == "bf16" else 1e-4
+    for number, expected in enumerate(torch.predict(pixels)):
+        assert together[number].confidence == pytest.approx(expected.confidence, abs=near)
+        alone = compiled.predict(pixels[number : number + 1])[0]
+        assert alone.confidence == pytest.approx(together[number].confidence, abs=1e-2)
+    assert compiled.predict([]) == []
+
+
+@needs("torch", "openvino", "onnxruntime")
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_a_service_with_a_prepared_model_does_not_import_torch(tmp_path: Path, engine: str) -> None:
+    prepare.run(settings(tmp_path, engine=engine))
+    script = (
+        "import sys\n"
+        "from iot_pipeline.classifier import load_classifier\n"
+        f"load_classifier(engine={engine!r}, cache={str(tmp_path)!r}, threads=1).warm_up()\n"
+        "print({'torch', 'timm'} & set(sys.modules))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={"PYTHONPATH": ":".join(path for path in sys.path if path)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "set()"
+
+
+@with_torch
+def test_torch_in_single_precision_needs_no_preparation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare.run(settings(tmp_path)) == Exit.OK
+    assert capsys.readouterr().out.startswith("found ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parity() -> None:
+    check_parity(0.883, 0.878, "as much as is allowed")
+    check_parity(0.883, 0.9, "better")
+    with pytest.raises(ParityError, match=r"this gets 87\.79%.*torch in single precision 88\.30%"):
+        check_parity(0.883, 0.8779, "this")
+
+
+def wrong_ranges() -> dict[str, tuple[float, float]]:
+    return dict.fromkeys(MODEL.config.ranges or {}, (0.0, 0.01))
+
+
+@needs("torch", "openvino")
+def test_a_less_accurate_model_is_refused_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poor = replace(MODEL, config=replace(MODEL.config, ranges=wrong_ranges()))
+    monkeypatch.setattr(prepare, "find_model", lambda *_: poor)
+    with pytest.raises(ParityError, match="openvino in int8") as caught:
+        prepare.run(settings(tmp_path, engine="openvino"))
+    assert caught.value.exit_status == Exit.FAILED
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs("torch", "openvino")
+def test_ranges_can_be_measured_on_the_host(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model without ranges: fp32 by default, int8 refused, and had with images."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = json.loads((ROOT / "apps/models/config.json").read_text())
+    del config["activation_ranges"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(MODEL.weights)
+    chosen = {"model": f"local-dir:{folder}", "engine": "openvino"}
+    cache = tmp_path / "cache"
+
+    prepare.run(settings(cache, **chosen))
+    lines = capsys.readouterr().out.splitlines()
+    assert "auto is fp32" in lines[0]
+    assert "in fp32" in lines[-1]
+    chosen["precision"] = "int8"
+    with pytest.raises(EngineError, match="IOT_CALIBRATION_IMAGES"):
+        prepare.run(settings(cache, **chosen))
+    sample = str(ROOT / "apps/src/iot_pipeline/data/sample.tar.xz")
+    prepare.run(settings(cache, **chosen, calibration_images=sample))
+    assert capsys.readouterr().out.splitlines()[-1].startswith("made ")
+    load_classifier(chosen["model"], engine="openvino", precision="int8", cache=cache).warm_up()
+    # Other images make another model, under the same name.
+    prepare.run(settings(cache, **chosen, calibration_images="sample"))
+    assert capsys.readouterr().out.splitlines()[-1].startswith("made ")
+    assert len(list(cache.glob(f"*int8*/{PREPARED}"))) == 1
+
+
+@needs("torch", "openvino")
+def test_images_of_other_things_compare_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "images" / "pelican"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(folder / "1.png")
+    with pytest.raises(ConfigError, match=r"pelican.*inference_node_validation_images"):
+        prepare.run(
+            settings(tmp_path / "c", engine="openvino", validation_images=str(folder.parent))
+        )
+
+
+@needs("torch", "openvino")
+def test_a_folder_that_cannot_be_written_names_the_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="IOT_MODEL_CACHE"):
+        prepare.run(settings(tmp_path / "file" / "cache", engine="openvino"))
+
+
+@with_torch
+def test_torch_compile_needs_torch_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.delattr(torch, "compile", raising=False)
+    with pytest.raises(EngineError, match=r"torch 2 or later.*inference_node_engine"):
+        find_engine("torch-compile")
+
+
+def test_the_command_line_says_why_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(name: str) -> engines.Engine:
+        raise EngineError(f"{name} is not here")
+
+    monkeypatch.setattr(prepare, "find_engine", absent)
+    arguments = ["prepare-model", "--engine", "openvino", "--model-cache", str(tmp_path)]
+    assert cli.main(arguments) == Exit.CONFIG
+    assert capsys.readouterr().err == "iot-pipeline prepare-model: openvino is not here\n"
