@@ -1,0 +1,138 @@
+"""What most projects of this kind run: one message at a time, a batch of one, automatic commits.
+
+It is written as a competent beginner writes it after the libraries' own examples, for comparison
+with `iot-pipeline infer` and `store`. The model, its weights, PyTorch and the threads are the
+service's. What it is not: it is not slowed down on purpose. There is no flush after each message,
+the model is loaded once and in eval mode, gradients are off, the database connection is kept.
+
+Runs in the place of a service, with its environment:
+
+    python baseline.py infer|store SECONDS
+
+It stops after so many seconds, counted from the first message, or once no message has come for ten,
+and prints how many messages it handled in how many seconds, as JSON.
+"""
+
+import base64
+import importlib.resources
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from kafka import KafkaConsumer, KafkaProducer
+
+SERVERS = os.environ["IOT_BOOTSTRAP_SERVERS"].split(",")
+IMAGES = os.environ["IOT_IMAGE_TOPIC"]
+PREDICTIONS = os.environ["IOT_PREDICTION_TOPIC"]
+
+
+def messages(*topics: str) -> Iterator[Any]:
+    consumer = KafkaConsumer(
+        *topics,
+        bootstrap_servers=SERVERS,
+        group_id=os.environ["IOT_GROUP_ID"],
+        auto_offset_reset="earliest",
+        value_deserializer=json.loads,
+        consumer_timeout_ms=10_000,
+    )
+    yield from consumer
+    consumer.close()
+
+
+def load_model() -> tuple[Any, list[str], Any]:
+    """The network, the names of its outputs, and the preparation of an image."""
+    import safetensors.torch
+    import timm
+    import torch
+    from torchvision import transforms
+
+    torch.set_num_threads(int(os.environ["IOT_THREADS"]))
+    folder = importlib.resources.files("iot_pipeline.models")
+    config = json.loads((folder / "config.json").read_text())
+    network = timm.create_model(
+        config["architecture"], num_classes=config["num_classes"], channels=config["channels"]
+    )
+    network.conv1 = torch.nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+    network.maxpool = torch.nn.Identity()
+    weights = safetensors.torch.load((folder / "resnet18-cifar10.safetensors").read_bytes())
+    network.load_state_dict(weights)
+    network.eval()
+    prepare = transforms.Compose(
+        [
+            transforms.Resize(config["input_size"][1:]),
+            transforms.ToTensor(),
+            transforms.Normalize(config["mean"], config["std"]),
+        ]
+    )
+    return network, config["class_names"], prepare
+
+
+def infer() -> Iterator[None]:
+    import torch
+    from PIL import Image
+
+    network, labels, prepare = load_model()
+    producer = KafkaProducer(
+        bootstrap_servers=SERVERS, value_serializer=lambda value: json.dumps(value).encode()
+    )
+    for message in messages(IMAGES):
+        image = Image.open(io.BytesIO(base64.b64decode(message.value["Data"]))).convert("RGB")
+        with torch.no_grad():
+            probabilities = network(prepare(image).unsqueeze(0)).softmax(1)[0]
+        best = int(probabilities.argmax())
+        prediction = {
+            "ID": message.value["ID"],
+            "InferredValue": labels[best],
+            "Confidence": float(probabilities[best]),
+            "Model": "resnet18",
+            "InferredAt": datetime.now(UTC).isoformat(),
+        }
+        producer.send(PREDICTIONS, key=message.key, value=prediction)
+        yield
+    producer.close()
+
+
+def store() -> Iterator[None]:
+    import couchdb
+
+    server = couchdb.Server(os.environ["IOT_COUCHDB_URL"])
+    server.resource.credentials = (
+        os.environ["IOT_COUCHDB_USER"],
+        Path(os.environ["IOT_COUCHDB_PASSWORD_FILE"]).read_text().strip(),
+    )
+    database = couchdb.Database(
+        server.resource(os.environ["IOT_COUCHDB_DATABASE"]), os.environ["IOT_COUCHDB_DATABASE"]
+    )
+    for message in messages(IMAGES, PREDICTIONS):
+        document = database.get(message.value["ID"]) or {"_id": message.value["ID"]}
+        document.update(message.value)
+        database.save(document)
+        yield
+
+
+def count(stage: Callable[[], Iterator[None]], seconds: float) -> dict[str, float]:
+    handled, began, ended = 0, 0.0, 0.0
+    for _ in stage():
+        ended = time.monotonic()
+        if not began:
+            began = ended
+            continue
+        handled += 1
+        if ended - began > seconds:
+            break
+    return {"messages": handled, "seconds": ended - began}
+
+
+def main() -> None:
+    stages = {"infer": infer, "store": store}
+    print(json.dumps(count(stages[sys.argv[1]], float(sys.argv[2]))))
+
+
+if __name__ == "__main__":
+    main()

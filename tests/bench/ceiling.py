@@ -1,0 +1,56 @@
+"""The engine alone: images per second of the installed classifier, without Kafka or decoding.
+
+Runs in the place of a service, so with its environment, threads and settings:
+
+    python ceiling.py SECONDS BATCH...
+
+Prints a JSON object with the classifier's name and, by batch size, images per second.
+"""
+
+import io
+import itertools
+import json
+import sys
+import time
+
+from PIL import Image
+
+from iot_pipeline.classifier import load_classifier
+from iot_pipeline.settings import InferSettings, load
+from iot_pipeline.sources import open_source
+
+WARM_UP = 0.5  # seconds
+
+
+def main() -> None:
+    seconds, batches = float(sys.argv[1]), [int(word) for word in sys.argv[2:]]
+    settings = load(InferSettings)
+    classifier = load_classifier(
+        settings.model,
+        revision=settings.model_revision or None,
+        threads=settings.threads or None,
+        engine=settings.engine,
+        precision=settings.precision,
+        cache=settings.model_cache,
+    )
+    classifier.warm_up()
+    with open_source("sample") as source:
+        pixels = [classifier.prepare(decode(image.data)) for image in source]
+    endless = itertools.cycle(pixels)
+    found = {}
+    for size in batches:
+        for limit in (WARM_UP, seconds):
+            images, began = 0, time.monotonic()
+            while time.monotonic() - began < limit:
+                classifier.predict(list(itertools.islice(endless, size)))
+                images += size
+            found[str(size)] = images / (time.monotonic() - began)
+    print(json.dumps({"model": classifier.name, "images_per_second": found}))
+
+
+def decode(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+if __name__ == "__main__":
+    main()

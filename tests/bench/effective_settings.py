@@ -1,0 +1,27 @@
+"""Prints the settings in effect of this host's services, as JSON by service and variable.
+
+Runs on a host as root, in the apps' environment.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from iot_pipeline.settings import COMMANDS, SETTINGS_DIRECTORY, describe, environment_name, load
+
+
+def main() -> None:
+    found: dict[str, dict[str, object]] = {}
+    for command in COMMANDS:
+        service = getattr(command.settings, "SERVICE", "")
+        file = SETTINGS_DIRECTORY / f"{service}.env"
+        if not Path(file).exists():
+            continue
+        settings = load(command.settings, {"env_file": str(file)}, {})
+        values = {environment_name(name): value for name, value in describe(settings).items()}
+        found.setdefault(service, {}).update(values)
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
