@@ -6,8 +6,18 @@ Runs on a host as root, in the apps' environment.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from iot_pipeline.settings import COMMANDS, SETTINGS_DIRECTORY, describe, environment_name, load
+
+
+def precision(settings: Any) -> str:
+    """What `auto` stands for with this host's engine and model."""
+    from iot_pipeline import engines
+    from iot_pipeline.model import find_model
+
+    model = find_model(settings.model, settings.model_revision or None)
+    return engines.choose_precision(settings.engine, "auto", model, calibrated=True)
 
 
 def main() -> None:
@@ -19,6 +29,8 @@ def main() -> None:
             continue
         settings = load(command.settings, {"env_file": str(file)}, {})
         values = {environment_name(name): value for name, value in describe(settings).items()}
+        if values.get("IOT_PRECISION") == "auto":
+            values["IOT_PRECISION"] = precision(settings)
         found.setdefault(service, {}).update(values)
     json.dump(found, sys.stdout)
 
