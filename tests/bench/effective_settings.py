@@ -13,8 +13,9 @@ from iot_pipeline.settings import COMMANDS, SETTINGS_DIRECTORY, describe, enviro
 
 def precision(settings: Any) -> str:
     """What `auto` stands for with this host's engine and model."""
-    from iot_pipeline import engines
     from iot_pipeline.model import find_model
+
+    from iot_pipeline import engines
 
     model = find_model(settings.model, settings.model_revision or None)
     return engines.choose_precision(settings.engine, "auto", model, calibrated=True)

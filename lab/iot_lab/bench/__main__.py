@@ -9,7 +9,6 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -115,15 +114,14 @@ def _measure(chosen: argparse.Namespace, words: list[str]) -> int:
         lab.prepare()
         found |= measure.facts(lab)
         measurement = measure.Measurement(lab, options)
-        _run(measurement.steps(), failures)
+        _run(lab, measurement, failures)
     finally:
+        interrupted = sys.exc_info()[0] is not None
         _restore(lab, measurement)
         if measurement is not None:
             found |= measurement.found()
-        found["made"]["minutes"] = round((time.monotonic() - started) / 60, 1)
-        found["failures"] = failures
-        interrupted = sys.exc_info()[0] is not None
-        with suppress(OSError):
+            found["made"]["minutes"] = round((time.monotonic() - started) / 60, 1)
+            found["failures"] = failures
             _write(found, PARTIAL if interrupted or failures else folder)
     say(page.bars_as_text(found))
     for title, problem in failures.items():
@@ -132,8 +130,9 @@ def _measure(chosen: argparse.Namespace, words: list[str]) -> int:
     return 1 if failures else 0
 
 
-def _run(steps: list[measure.Step], failures: dict[str, str]) -> None:
+def _run(lab: Lab, measurement: measure.Measurement, failures: dict[str, str]) -> None:
     """Run the steps, saying what is left. What fails is told and left out."""
+    steps = measurement.steps()
     planned = sum(step.seconds for step in steps)
     started = time.monotonic()
     done = 0.0
@@ -150,6 +149,8 @@ def _run(steps: list[measure.Step], failures: dict[str, str]) -> None:
         except (LabError, ValueError, KeyError) as error:
             failures[step.title] = str(error) or repr(error)
             say(f"            {paint('failed', Colour.BAD)}: {failures[step.title]}")
+            measurement.cancel()
+            lab.stop_units()
         else:
             took = duration(time.monotonic() - began)
             say(f"            {said}{paint(f'  ({took})', Colour.QUIET)}")

@@ -160,7 +160,7 @@ class Lab:
 
         Returns what did not work, in words; the rest was done all the same.
         """
-        problems: list[str] = []
+        problems = self.stop_units()
 
         def attempt(host: Host, script: str, request: Mapping[str, Any], python: str) -> None:
             try:
@@ -169,15 +169,22 @@ class Lab:
                 problems.append(str(error))
 
         storage = self.hosts["storage"]
-        # First all programs, so that nobody writes to a topic that is being removed.
-        for host in self.hosts.values():
-            attempt(host, "units", {"action": "remove"}, SYSTEM_PYTHON)
         attempt(storage, "topics", self._topics_request("remove", prefix=TOPICS), APPS_PYTHON)
         attempt(storage, "databases", self._database_request("remove"), SYSTEM_PYTHON)
         for host in self.hosts.values():
             attempt(host, "units", {"action": "restore"}, SYSTEM_PYTHON)
             with suppress(LabError):
                 host.run(f"sudo rm -rf {FOLDER}")
+        return problems
+
+    def stop_units(self) -> list[str]:
+        """End every program of the benchmark. Returns what did not work, in words."""
+        problems = []
+        for host in self.hosts.values():
+            try:
+                host.ask("units", {"action": "remove"})
+            except (LabError, ValueError) as error:
+                problems.append(str(error))
         return problems
 
     def remove(self, prefix: str = TOPICS) -> None:

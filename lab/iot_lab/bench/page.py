@@ -206,7 +206,7 @@ that of the steady state: from the first of the app's own counters that is not z
 before the backlog ends."""
     text = f"## Inference\n\n{_prose(text)}\n\n{_rows(header, rows)}"
     if measured:
-        text += "\n\n" + _where_the_time_goes(measured)
+        text += "\n\n" + _where_the_time_goes(measured, found["engines"]["default"])
     if baseline:
         stored = _spread(baseline["storage_messages_per_second"])
         about = f"""The plain consumer is [tests/bench/baseline.py](../tests/bench/baseline.py):
@@ -217,7 +217,7 @@ at a time, takes {stored} messages/s: an image needs two."""
     return text
 
 
-def _where_the_time_goes(measured: Mapping[str, Found]) -> str:
+def _where_the_time_goes(measured: Mapping[str, Found], default: str) -> str:
     engines = list(measured)
     meaning = {
         "poll": "poll: Kafka's records into Python",
@@ -236,11 +236,15 @@ def _where_the_time_goes(measured: Mapping[str, Found]) -> str:
     all_of_it = [_spread(measured[engine]["cpu_ms_per_image"]["all"]) for engine in engines]
     rows.append(["**all**", *all_of_it])
     header = ["CPU milliseconds an image", *engines]
-    return f"""### Where the CPU seconds go
-
-{_rows(header, rows)}
-
-An engine also computes in the thread that calls it, so model and handle belong together."""
+    text = "An engine also computes in the thread that calls it: model and handle belong together."
+    if default in measured:
+        split = measured[default]["cpu_ms_per_image"]
+        whole = split["all"]["median"]
+        computing = split["model"]["median"] + split["handle"]["median"]
+        text += f""" With {default} they take {_number(computing)} of {_number(whole)} ms. Once all
+            cores are busy, that share, {computing / whole:.2f}, is the most of the ceiling that the
+            drain can reach; what broker and database take lowers it further."""
+    return f"### Where the CPU seconds go\n\n{_rows(header, rows)}\n\n{_prose(text)}"
 
 
 def _storage(found: Found) -> str:
