@@ -65,7 +65,7 @@ def machine() -> dict[str, Any]:
         "cores": sum(name == "processor" for name, _ in pairs),
         "instructions": [name for name in INSTRUCTIONS if name in flags],
         "memory_gb": round(int(memory.split()[1]) * 1024 / 1e9, 1),
-        "kernel": platform.release(),
+        "kernel": ".".join(platform.release().split(".")[:2]),
     }
 
 
