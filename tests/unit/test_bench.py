@@ -239,6 +239,7 @@ def test_the_page_shows_the_figures(found: dict[str, Any]) -> None:
     for shown in ("900 (810 to 990)", "| 10 | 100 | 20.0 | 40.0 | 60.0 |", "**no**", "2 cores"):
         assert shown in text
     assert "nan" not in text
+    assert "A remark." in page.render({**found, "notes": ["A remark."]})
 
 
 @pytest.mark.parametrize(

@@ -131,8 +131,10 @@ class Lab:
         """Look whether all services run. Raises LabError, saying which does not."""
         for role, (_, service) in SERVICES.items():
             host = self.hosts[role]
-            done = remote.run(host.machine, f"systemctl is-active {service}", timeout=15)
-            if done.stdout.strip() != "active":
+            # A run that was killed has stopped the services; this one will start them again.
+            words = f"systemctl is-active {service} || test -e {FOLDER}/stopped"
+            done = remote.run(host.machine, words, timeout=15)
+            if done.returncode:
                 said = done.stdout.strip() or done.stderr.strip()
                 raise LabError(
                     f"{service} on {host.machine.name} is not running ({said}); "

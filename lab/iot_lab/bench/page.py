@@ -94,6 +94,7 @@ def render(found: Found) -> str:
     sections = [
         _head(found),
         _bars(found),
+        _notes(found),
         _ceiling(found),
         _inference(found),
         _storage(found),
@@ -154,6 +155,11 @@ def _bars(found: Found) -> str:
         return ""
     rows = [(bar.what, bar.needed, bar.measured, "yes" if bar.met else "**no**") for bar in judged]
     return "## Bars\n\n" + _rows(["", "bar", "measured", "met"], rows)
+
+
+def _notes(found: Found) -> str:
+    """What a person wrote about these figures: `notes` in the JSON, a list of paragraphs."""
+    return "\n\n".join(map(_prose, found.get("notes", ())))
 
 
 def _ceiling(found: Found) -> str:
