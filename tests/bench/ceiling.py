@@ -12,6 +12,7 @@ import itertools
 import json
 import sys
 import time
+from typing import Any
 
 from PIL import Image
 
@@ -24,8 +25,9 @@ WARM_UP = 0.5  # seconds
 
 def main() -> None:
     seconds, batches = float(sys.argv[1]), [int(word) for word in sys.argv[2:]]
-    settings = load(InferSettings)
-    classifier = load_classifier(
+    settings: Any = load(InferSettings)
+    make: Any = load_classifier
+    classifier = make(
         settings.model,
         revision=settings.model_revision or None,
         threads=settings.threads or None,
