@@ -12,7 +12,6 @@ import itertools
 import json
 import sys
 import time
-from typing import Any
 
 from PIL import Image
 
@@ -25,9 +24,8 @@ WARM_UP = 0.5  # seconds
 
 def main() -> None:
     seconds, batches = float(sys.argv[1]), [int(word) for word in sys.argv[2:]]
-    settings: Any = load(InferSettings)
-    make: Any = load_classifier
-    classifier = make(
+    settings = load(InferSettings)
+    classifier = load_classifier(
         settings.model,
         revision=settings.model_revision or None,
         threads=settings.threads or None,

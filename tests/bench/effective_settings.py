@@ -3,7 +3,6 @@
 Runs on a host as root, in the apps' environment.
 """
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -14,10 +13,11 @@ from iot_pipeline.settings import COMMANDS, SETTINGS_DIRECTORY, describe, enviro
 
 def precision(settings: Any) -> str:
     """What `auto` stands for with this host's engine and model."""
+    from iot_pipeline import engines
+    from iot_pipeline.model import find_model
 
-    engines, model = (importlib.import_module(f"iot_pipeline.{n}") for n in ("engines", "model"))
-    found = model.find_model(settings.model, settings.model_revision or None)
-    return str(engines.choose_precision(settings.engine, "auto", found, calibrated=True))
+    model = find_model(settings.model, settings.model_revision or None)
+    return engines.choose_precision(settings.engine, "auto", model, calibrated=True)
 
 
 def main() -> None:
