@@ -73,6 +73,12 @@ def _parser() -> argparse.ArgumentParser:
         help="folder or tar of class-named folders that the producer sends (default: $DATASET, "
         "else the drawings that ship)",
     )
+    command.add_argument(
+        "--profile",
+        action="store_true",
+        default=os.environ.get("PROFILE", "") not in {"", "0"},
+        help="show how long each of Ansible's tasks takes (default: $PROFILE)",
+    )
 
     command = add("check", _check, "tell whether this machine can run the hosts")
     add_topology(command)
@@ -134,7 +140,7 @@ def _up(options: argparse.Namespace) -> int:
         dataset = Path(options.dataset).expanduser().resolve()
         if not dataset.exists():
             raise LabError(f"DATASET: there is no {dataset}")
-    return up.up(up.Options(options.topology, options.official, dataset))
+    return up.up(up.Options(options.topology, options.official, dataset, options.profile))
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -149,7 +155,11 @@ def _setup(options: argparse.Namespace) -> int:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    up.prepare(up.Options(options.topology, options.official), with_hosts=not options.no_hosts)
+    wanted = up.Options(options.topology, options.official)
+    up.prepare(wanted, with_hosts=not options.no_hosts)
+    # Vagrant boots hosts without Ansible, too.
+    if (paths.TOOLS / "bin" / "ansible").exists():
+        up.package_cache_for(wanted)
     return 0
 
 

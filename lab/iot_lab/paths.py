@@ -15,6 +15,9 @@ SSH_KEY = STATE / "ssh" / "id_ed25519"
 TOOLS = STATE / "venv" / "tools"
 APPS = STATE / "venv" / "apps"
 
+# Where hosts find the package cache while it runs.
+PACKAGE_CACHE_URL = STATE / "package-cache.url"
+
 # Says that molecule booted the running hosts and may destroy them.
 MOLECULE_HOSTS = STATE / "molecule-hosts"
 

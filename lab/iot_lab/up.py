@@ -12,7 +12,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from iot_lab import artifacts, hosts, images, machine, paths, remote, report, setup
+from iot_lab import (
+    artifacts,
+    hosts,
+    images,
+    machine,
+    package_cache,
+    paths,
+    remote,
+    report,
+    setup,
+)
 from iot_lab.console import Colour, duration, is_coloured, paint, say, step
 from iot_lab.shell import LabError, answer, locked
 
@@ -28,6 +38,7 @@ class Options:
     topology: str
     official: bool = False  # production's sources of software instead of the lab's
     dataset: Path | None = None  # images that the producer sends instead of its drawings
+    profile: bool = False  # Ansible tells how long each task took
 
 
 def check(topology: str) -> None:
@@ -64,6 +75,14 @@ def prepare(options: Options, *, with_hosts: bool = True) -> None:
             hosts.prepare(options.topology)
 
 
+def package_cache_for(options: Options) -> None:
+    """Run the package cache for hosts in containers. It needs Ansible and, once, the network."""
+    if hosts.in_containers():
+        package_cache.ensure(hosts.derived(options.topology)[0])
+    else:
+        package_cache.stop()
+
+
 def up(options: Options) -> int:
     """Run the whole way. Returns 0 when the hosts were verified."""
     started = time.monotonic()
@@ -78,6 +97,7 @@ def up(options: Options) -> int:
         tools = pool.submit(setup.environments, "lab")
         prepare(options, with_hosts=hosts.in_containers())
         tools.result()
+        package_cache_for(options)
     paths.MOLECULE_HOSTS.unlink(missing_ok=True)
     with step("Boot the hosts (vagrant up)"):
         _run(hosts.vagrant("up", "--no-provision"), options, "vagrant up")
@@ -128,6 +148,7 @@ def destroy() -> None:
             answer(*hosts.vagrant("destroy", "--force"))
         if shutil.which("podman"):
             hosts.destroy()
+        package_cache.stop()
         shutil.rmtree(paths.SECRETS, ignore_errors=True)
         paths.MOLECULE_HOSTS.unlink(missing_ok=True)
 
@@ -177,6 +198,8 @@ def _run(command: list[str], options: Options, name: str, folder: Path = paths.R
         "TOPOLOGY": options.topology,
         "ANSIBLE_CONFIG": str(paths.ROOT / "ansible" / "ansible.cfg"),
     }
+    if options.profile:
+        environment["ANSIBLE_CALLBACKS_ENABLED"] = "ansible.posix.profile_tasks"
     if is_coloured():
         environment["ANSIBLE_FORCE_COLOR"] = "true"
     done = subprocess.run(

@@ -24,6 +24,11 @@ REGISTRY = re.compile(
     r"|deb\.debian\.org|proxy\.golang\.org|crates\.io)\b"
 )
 
+# But for the cache that is such a mirror: these are its variables.
+SOURCES = [
+    ROOT / "roles/package_cache" / name for name in ("defaults/main.yml", "meta/argument_specs.yml")
+]
+
 INVENTORIES = sorted(p for p in (ROOT / "inventory").iterdir() if p.is_dir())
 
 
@@ -37,7 +42,7 @@ def test_no_registry_is_named() -> None:
     named = {
         str(path.relative_to(ROOT)): match[0]
         for path in TRACKED
-        if (match := REGISTRY.search(text_of(path)))
+        if path not in SOURCES and (match := REGISTRY.search(text_of(path)))
     }
     assert named == {}
 
