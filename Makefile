@@ -16,7 +16,7 @@ help: ## List these targets
 	@echo
 	@echo "Start with 'make lab' (four hosts, needs root), or 'make demo' (plain processes)."
 
-lab: ## Boot, converge and verify the hosts; OFFICIAL=1: production's sources; DATASET=PATH: your images
+lab: ## Boot, converge and verify the hosts; OFFICIAL=1, DATASET=PATH, PROFILE=1: see README
 	@$(LAB) up
 
 demo: ## The same apps, broker and database as plain processes, no hosts; ARGS=--help
