@@ -156,7 +156,7 @@ RANGE_IMAGES = 1000
 
 
 def activation_ranges(model: nn.Module, data: Data) -> dict[str, list[float]]:
-    """The range of what goes into each layer, on training images spread over all of `data`.
+    """The range of values at each point of the network, on images spread over all of `data`.
 
     Leaves the model in evaluation mode.
     """

@@ -51,6 +51,7 @@ VARIABLES = (
     "couchdb_distribution",
     "couchdb_port",
     "couchdb_url",
+    "inference_engine",
     "kafka_bootstrap_servers",
     "kafka_broker_bind_address",
     "kafka_client_port",

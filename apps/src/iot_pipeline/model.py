@@ -32,7 +32,7 @@ _WEIGHTS = (SHIPPED_WEIGHTS, "model.safetensors", "pytorch_model.bin")  # the fi
 _SUPPORTED = "shipped, local-dir:PATH or hf-hub:OWNER/NAME"
 
 Ranges = Mapping[str, tuple[float, float]]
-"""The smallest and the largest value that goes into each layer, by the layer's name."""
+"""The smallest and the largest value at each point of the network, by the point's name."""
 
 
 class ModelError(ConfigError):

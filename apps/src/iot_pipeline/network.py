@@ -79,9 +79,13 @@ class FromPixels(nn.Module):  # type: ignore[misc]
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1))
 
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """RGB bytes (n, height, width, 3) to floats (n, 3, height, width)."""
+        return (pixels.permute(0, 3, 1, 2).float() - self.mean) / self.std
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalise, classify, and turn logits into probabilities."""
-        images = (pixels.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        images = self.normalise(pixels)
         # Half precision ends before the softmax, whose probabilities are to add up to one.
         logits = self.network(images.to(next(self.network.parameters()).dtype))
         return torch.softmax(logits.float(), dim=1)

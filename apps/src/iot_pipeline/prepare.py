@@ -186,24 +186,21 @@ def make(model: Model, settings: PrepareModelSettings, precision: str, folder: P
 
 
 def ranges_of(model: Model, images: Labelled) -> Ranges:
-    """The range of what goes into each layer, measured on images. Needs torch."""
+    """The range of values at each point of the network, measured on images. Needs torch."""
     import torch
 
     from iot_pipeline.network import FromPixels, load_network
     from iot_pipeline.quantisation import measure_ranges
 
     config = model.config
-    network = load_network(model)
     width, height = config.size
-    whole = FromPixels(network, config.mean, config.std).eval()
+    whole = FromPixels(load_network(model), config.mean, config.std).eval()
+    parts = (images.pixels[at : at + _BATCH] for at in range(0, len(images.pixels), _BATCH))
     batches = (
-        torch.frombuffer(
-            bytearray().join(images.pixels[start : start + _BATCH]), dtype=torch.uint8
-        ).view(-1, height, width, 3)
-        for start in range(0, len(images.pixels), _BATCH)
+        torch.frombuffer(bytearray().join(part), dtype=torch.uint8).view(-1, height, width, 3)
+        for part in parts
     )
-    ranges = measure_ranges(whole, batches)
-    return {name.removeprefix("network."): pair for name, pair in ranges.items()}
+    return measure_ranges(whole.network, map(whole.normalise, batches))
 
 
 def say(line: str) -> None:

@@ -1,15 +1,15 @@
 """Static int8: a network whose layers see 256 values each, for an engine to run as integers.
 
-The values that go into a layer are cut to a range that was measured on images (`measure_ranges`)
-and rounded to 256 steps; weights are rounded to 255 steps, by output channel. torch computes this
-in floats. ONNX has a pair of operators for it (QuantizeLinear, DequantizeLinear), from which ONNX
-Runtime and OpenVINO make integer kernels, so both run the same numbers.
+Values between layers are cut to a range that was measured on images (`measure_ranges`) and rounded
+to 256 steps; weights are rounded to 255 steps, by output channel. torch computes this in floats.
+ONNX has a pair of operators for it (QuantizeLinear, DequantizeLinear), from which ONNX Runtime and
+OpenVINO make integer kernels, so both run the same numbers.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,37 +17,46 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from iot_pipeline.model import ModelError, Ranges
 
+INPUT = "input"
+"""Stands for the network's input among the names of ranges."""
 
-def _layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Each layer that has a kernel, with its name."""
+POINTS = {"act1", "act2", "bn2", "downsample", "global_pool"}
+"""timm's names, in a ResNet, of what gives values to a layer or to an addition. Both terms of an
+addition are rounded: ONNX Runtime takes integer kernels for nothing less."""
+
+
+def _points(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in network.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if name.rpartition(".")[2] in POINTS and not isinstance(module, nn.Identity):
             yield name, module
 
 
 def measure_ranges(network: nn.Module, batches: Iterable[Tensor]) -> Ranges:
-    """The smallest and largest value that goes into each layer.
+    """The smallest and largest value at each point of the network.
 
     Args:
         network: in evaluation mode.
         batches: normalised floats (n, 3, height, width). A thousand images of all classes do.
     """
     ranges: dict[str, tuple[float, float]] = {}
-    names = {module: name for name, module in _layers(network)}
 
-    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        low, high = ranges.get(names[module], (0.0, 0.0))
-        values = inputs[0]
-        ranges[names[module]] = (min(low, float(values.min())), max(high, float(values.max())))
+    def look(name: str, values: Tensor) -> None:
+        # Zero has to be exact: padding is zero, and so is most of what a ReLU lets through.
+        low, high = ranges.get(name, (0.0, 0.0))
+        ranges[name] = (min(low, float(values.min())), max(high, float(values.max())))
 
-    hooks = [module.register_forward_pre_hook(look) for module in names]
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _module, _inputs, values: look(name, values)
+
+    hooks = [module.register_forward_hook(hook(name)) for name, module in _points(network)]
     try:
         with torch.inference_mode():
             for batch in batches:
+                look(INPUT, batch)
                 network(batch)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for each in hooks:
+            each.remove()
     return ranges
 
 
@@ -56,21 +65,26 @@ def quantise(network: nn.Module, ranges: Ranges) -> nn.Module:
 
     Args:
         network: in evaluation mode.
-        ranges: of every layer, as `measure_ranges` gives them.
+        ranges: of every point, as `measure_ranges` gives them.
 
     Raises:
         ModelError: the ranges are of another network.
     """
-    folded = fold_batch_norm(network)
-    layers = dict(_layers(folded))
-    if set(layers) != set(ranges):
+    points = [name for name, _ in _points(network)]
+    if {INPUT, *points} != set(ranges):
         raise ModelError(
-            "activation_ranges are not of this network: they miss "
-            f"{sorted(set(layers) - set(ranges))} and have {sorted(set(ranges) - set(layers))}"
+            "activation_ranges are not of this network: they differ in "
+            f"{', '.join(sorted({INPUT, *points} ^ set(ranges)))}; measure them again with "
+            "apps/training/calibrate.py"
         )
-    for name, layer in layers.items():
-        _replace(folded, name, _Quantised(layer, *ranges[name]))
-    return folded.eval()
+    folded = fold_batch_norm(network)
+    for name, layer in list(folded.named_modules()):
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            _replace(folded, name, _RoundedWeights(layer))
+    for name in points:
+        rounded = nn.Sequential(folded.get_submodule(name), _Rounded(*ranges[name]))
+        _replace(folded, name, rounded)
+    return nn.Sequential(_Rounded(*ranges[INPUT]), folded).eval()
 
 
 def fold_batch_norm(network: nn.Module) -> nn.Module:
@@ -92,31 +106,37 @@ def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
     setattr(network.get_submodule(parent) if parent else network, leaf, module)
 
 
-class _Quantised(nn.Module):  # type: ignore[misc]
-    """A convolution or linear layer whose input and weights are rounded to what int8 can hold."""
+class _Rounded(nn.Module):  # type: ignore[misc]
+    """Cuts values to a range and rounds them to 256 steps."""
 
-    def __init__(self, layer: nn.Module, low: float, high: float) -> None:
+    def __init__(self, low: float, high: float) -> None:
         super().__init__()
-        self.layer = layer
-        # Zero has to be exact: padding is zero, and so is most of what a ReLU lets through.
-        low, high = min(low, 0.0), max(high, 0.0)
+        # A point that nothing passes still needs a scale.
         self.scale = (high - low) / 255 or 1.0
         self.zero = round(-low / self.scale)
-        weights = layer.weight.detach()
-        # A channel that is zero all over still needs a scale.
-        scales = weights.abs().flatten(1).amax(1).clamp(min=1e-12) / 127
+
+    def forward(self, values: Tensor) -> Tensor:
+        return torch.fake_quantize_per_tensor_affine(values, self.scale, self.zero, 0, 255)
+
+
+class _RoundedWeights(nn.Module):  # type: ignore[misc]
+    """A convolution or linear layer whose weights are rounded, by output channel."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        scales = layer.weight.detach().abs().flatten(1).amax(1).clamp(min=1e-12) / 127
         self.register_buffer("scales", scales)
         self.register_buffer("zeros", torch.zeros(len(scales), dtype=torch.int32))
 
     def forward(self, values: Tensor) -> Tensor:
-        rounded = torch.fake_quantize_per_tensor_affine(values, self.scale, self.zero, 0, 255)
         layer = self.layer
         weights = torch.fake_quantize_per_channel_affine(
             layer.weight, self.scales, self.zeros, 0, -128, 127
         )
         if isinstance(layer, nn.Conv2d):
             return nn.functional.conv2d(
-                *(rounded, weights, layer.bias),
+                *(values, weights, layer.bias),
                 *(layer.stride, layer.padding, layer.dilation, layer.groups),
             )
-        return nn.functional.linear(rounded, weights, layer.bias)
+        return nn.functional.linear(values, weights, layer.bias)

@@ -111,7 +111,7 @@ def choose_precision(engine: str, precision: str, model: Model, *, calibrated: b
         )
     if precision == "int8" and model.config.ranges is None and not calibrated:
         raise EngineError(
-            "int8 needs the range of each layer's values, and this model's config.json has no "
+            "int8 needs the range of values between layers, and this model's config.json has no "
             "activation_ranges: name training images to measure them on with "
             "IOT_CALIBRATION_IMAGES (the role's variable: inference_node_calibration_images), or "
             "set IOT_PRECISION to fp32"

@@ -1,4 +1,7 @@
-"""The engine `torch-compile`: torch's own compiler. Needs torch 2, a C++ compiler and Python.h."""
+"""The engine `torch-compile`: torch's own compiler.
+
+It needs torch 2, a C++ compiler, Python's headers and setuptools.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +45,9 @@ def load(model: Model, precision: str, folder: Path, threads: int) -> Run:
         for count in (1, 2):
             run([grey] * count)
     except Exception as error:  # The compiler's own classes differ from release to release.
+        why = " ".join(str(error).split()[:20])
         raise EngineError(
-            f"torch cannot compile here ({error}): install a C++ compiler and Python's headers "
-            f"(g++, python3-dev), or {HOW_TO_CHOOSE}"
+            f"torch cannot compile here ({why}): it needs a C++ compiler, "
+            f"Python's headers and setuptools, or {HOW_TO_CHOOSE}"
         ) from error
     return run
