@@ -72,11 +72,11 @@ def megabytes(packages: Sequence[str]) -> float:
     return sum(sizes) / 1e6
 
 
-def prepared(spec: str, threads: int, folder: Path) -> list[Row]:
-    """Every engine and precision that works here."""
+def prepared(spec: str, names: Sequence[str], threads: int, folder: Path) -> list[Row]:
+    """Those engines that work here, in every precision."""
     model = find_model(spec)
     rows = []
-    for name in MODULES:
+    for name in names:
         for precision in PRECISIONS[name]:
             try:
                 engine = find_engine(name)
@@ -160,6 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     option("--images", default="sample", help="sample, or folder or tar of class-named folders")
     option("--limit", type=int, help="use only so many of them, of all classes in turn")
     option("--model", default="shipped", help="shipped or local-dir:PATH")
+    option("--engines", nargs="+", choices=MODULES, default=list(MODULES), help="which to compare")
     option("--threads", type=int, default=2, help="CPU threads")
     option("--rounds", type=int, default=5, help="rounds of measuring speed")
     option("--seconds", type=float, default=0.5, help="how long each measurement takes")
@@ -168,9 +169,11 @@ def main(argv: list[str] | None = None) -> int:
 
     images = Labelled.read(options.images, load_classifier(options.model), options.limit)
     with tempfile.TemporaryDirectory() as folder:
-        rows = prepared(options.model, options.threads, Path(folder))
+        # torch in single precision comes first, since the others are held against it.
+        names = list(dict.fromkeys(["torch", *options.engines]))
+        rows = prepared(options.model, names, options.threads, Path(folder))
         measure(rows, images, options.rounds, options.seconds)
-    reference = rows[0]  # torch in single precision comes first
+    reference = rows[0]
     if options.markdown:
         print(markdown(rows, reference))
     else:

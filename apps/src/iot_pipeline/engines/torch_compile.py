@@ -1,6 +1,6 @@
 """The engine `torch-compile`: torch's own compiler.
 
-It needs torch 2, a C++ compiler, Python's headers and setuptools.
+It needs torch 2 with its headers, a C++ compiler, Python's headers and setuptools.
 """
 
 from __future__ import annotations
@@ -48,6 +48,6 @@ def load(model: Model, precision: str, folder: Path, threads: int) -> Run:
         why = " ".join(str(error).split()[:20])
         raise EngineError(
             f"torch cannot compile here ({why}): it needs a C++ compiler, "
-            f"Python's headers and setuptools, or {HOW_TO_CHOOSE}"
+            f"setuptools, and the headers of Python and torch, or {HOW_TO_CHOOSE}"
         ) from error
     return run
