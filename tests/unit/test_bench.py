@@ -7,6 +7,7 @@ import pytest
 
 from iot_lab.bench import figures, measure, page
 from iot_lab.shell import LabError
+from iot_pipeline import produce
 
 
 def sample(at: float, *delivered: float, **metrics: float) -> figures.Sample:
@@ -116,6 +117,11 @@ def test_memory_is_told_by_progress() -> None:
         figures.resident_mb(samples[:3], 1000)
 
 
+def test_the_tool_sends_batches_like_the_producers() -> None:
+    ours = {"batch.size": produce.BATCH_SIZE, "linger.ms": produce.LINGER_MS}
+    assert ours == measure.PRODUCER_BATCHES
+
+
 def test_perf_test_is_read_after_its_warm_up() -> None:
     said = (
         "10000 records sent, 5000.0 records/sec (14.9 MB/sec), 2.0 ms avg latency\n"
@@ -184,6 +190,7 @@ def found() -> dict[str, Any]:
         "producer": {
             "records_per_second": each(5000),
             "perf_test_records_per_second": each(20000),
+            "perf_test_uncompressed_records_per_second": each(30000),
         },
         "latency_ms": {
             pace: {"p50": 20, "p95": 40, "p99": 60, "images": 100} for pace in ("1", "10", "50")

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "--images", type=int, default=20_000, metavar="N", help="images of the backlog (20000)"
     )
     parser.add_argument(
-        "--records", type=int, default=60_000, metavar="N", help="records of the producer (60000)"
+        "--records", type=int, default=100_000, metavar="N", help="records of the producer (100000)"
     )
     parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="of each (3)")
     parser.add_argument(

@@ -288,13 +288,17 @@ def _producer(found: Found) -> str:
         rows.append(
             ["`iot-pipeline produce --interval 0`", _spread(producer["records_per_second"])]
         )
-    if "perf_test_records_per_second" in producer:
-        theirs = _spread(producer["perf_test_records_per_second"])
-        rows.append(["`kafka-producer-perf-test.sh`", theirs])
+    for name, how in (
+        ("perf_test_records_per_second", f"{compression}, which the ratio is of"),
+        ("perf_test_uncompressed_records_per_second", "no compression"),
+    ):
+        if name in producer:
+            rows.append([f"`kafka-producer-perf-test.sh`, {how}", _spread(producer[name])])
     text = f"""{settings["bench"]["producer_records"]:,} records of
 {_number(found["record_bytes"])} bytes, 4 partitions, compression {compression}, acks=all,
-idempotent. The tool sends the same images, from the broker's host because Java is there; its first
-fifth warms it up and is not counted. The app runs on the producer's host, which has one core, and
+idempotent, batches of up to 256 kB that wait 5 ms. The tool sends the same images with the same
+settings, from the broker's host because Java is there; its first fifth warms it up and is not
+counted. The app runs on the producer's host, which has one core, and
 makes each message itself."""
     return f"## Producer\n\n{_prose(text)}\n\n{_rows(['', 'records/s'], rows)}"
 
