@@ -9,7 +9,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from iot_lab import artifacts, hosts, images, locks, paths, remote, report, setup, up
+from iot_lab import (
+    artifacts,
+    hosts,
+    images,
+    locks,
+    package_cache,
+    paths,
+    remote,
+    report,
+    setup,
+    up,
+)
 from iot_lab.console import Colour, paint, say, step
 from iot_lab.shell import LabError, stop_on_signals
 
@@ -151,6 +162,8 @@ def _check(options: argparse.Namespace) -> int:
 
 def _setup(options: argparse.Namespace) -> int:
     setup.setup(options.profile)
+    if options.profile == "test":
+        package_cache.program()
     return 0
 
 

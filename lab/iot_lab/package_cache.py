@@ -69,7 +69,7 @@ def ensure(subnet: str) -> str:
         if not (current and str(SETTINGS) in servers().values()):
             stop()
             _write(variables)
-            _start(_program(), address)
+            _start(program(), address)
             RECORD.write_text(digest)
         paths.PACKAGE_CACHE_URL.write_text(f"{url}\n")
     return url
@@ -79,6 +79,22 @@ def stop() -> None:
     """End the cache of this checkout, if it runs. What it keeps stays."""
     paths.PACKAGE_CACHE_URL.unlink(missing_ok=True)
     _end([pid for pid, settings in servers().items() if settings == str(SETTINGS)])
+
+
+def program() -> str:
+    """Return nginx: this machine's, or else Debian's package unpacked.
+
+    It is not installed: Debian's package would start a server on port 80. Raises LabError when it
+    cannot be fetched.
+    """
+    installed = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if installed:
+        return installed
+    program = UNPACKED / "usr" / "sbin" / "nginx"
+    if not program.exists():
+        say("    package cache: fetching Debian's nginx")
+        retried(2, _fetch)
+    return str(program)
 
 
 def servers(processes: Path = Path("/proc")) -> dict[int, str]:
@@ -175,21 +191,6 @@ def _end(pids: Sequence[int]) -> None:
         if time.monotonic() > ends:
             raise LabError(f"the package cache does not end: process {', '.join(map(str, pids))}")
         time.sleep(0.05)
-
-
-def _program() -> str:
-    """Return nginx: this machine's, or else Debian's package unpacked.
-
-    It is not installed: Debian's package would start a server on port 80.
-    """
-    installed = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-    if installed:
-        return installed
-    program = UNPACKED / "usr" / "sbin" / "nginx"
-    if not program.exists():
-        say("    package cache: fetching Debian's nginx")
-        retried(2, _fetch)
-    return str(program)
 
 
 def _fetch() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.server
 import os
-import shutil
 import socket
 import subprocess
 import threading
@@ -151,10 +150,7 @@ class Cache:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[Cache]:
-    unpacked = package_cache.UNPACKED / "usr" / "sbin" / "nginx"
-    program = shutil.which("nginx", path="/usr/sbin:/usr/bin") or str(unpacked)
-    if not Path(program).exists():
-        pytest.skip("there is no nginx on this machine, nor in .lab: make lab fetches it")
+    program = package_cache.program()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
