@@ -11,6 +11,7 @@ from typing import Any
 
 from iot_lab.bench import figures
 from iot_lab.bench.access import FOLDER, TOPICS, Job, Lab
+from iot_lab.console import say
 from iot_lab.shell import LabError
 
 PARTS = {
@@ -477,6 +478,7 @@ class Measurement:
             for pace, count in RATES.items():
                 source = f"{pace}/{number}"
                 expected[source] = max(1, round(count / repetitions))
+                say(f"            {expected[source]} images at {pace}/s, {number} of {repetitions}")
                 send(pace, expected[source], source)
         end = time.monotonic() + LATENCY_SETTLE
         while (complete := self._lab.ask_database("complete", database)) < sum(expected.values()):
