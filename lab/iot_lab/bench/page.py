@@ -146,7 +146,8 @@ with the least and the greatest in parentheses."""
 {machine["memory_gb"]:g} GB of memory. **All four hosts share these cores**: broker, database and
 apps take them from each other. On hosts of their own each stage has more. Ratios say more than
 rates here."""
-    return f"# Benchmarks\n\n{_prose(how)}\n\n{_prose(where)}"
+    more = "How long a deployment takes, and where, is in [deployment.md](deployment.md)."
+    return f"# Benchmarks\n\n{_prose(how)}\n\n{_prose(f'{where} {more}')}"
 
 
 def _bars(found: Found) -> str:
