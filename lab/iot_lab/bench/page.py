@@ -210,7 +210,8 @@ def _inference(found: Found) -> str:
     header = ["", "images/s", "CPU ms an image", "images a batch", "machine busy"]
     text = f"""A backlog of {images:,} images in 4 partitions, classified by one worker. The rate is
 that of the steady state: from the first of the app's own counters that is not zero to the last
-before the backlog ends."""
+before the backlog ends. The images are those of the producer's source
+(`{found["settings"]["producer"].get("IOT_SOURCE", "")}`), over and over."""
     text = f"## Inference\n\n{_prose(text)}\n\n{_rows(header, rows)}"
     if measured:
         text += "\n\n" + _where_the_time_goes(measured, found["engines"]["default"])
