@@ -4,7 +4,8 @@ Runs in the place of a service, so with its environment, threads and settings:
 
     python ceiling.py SECONDS BATCH...
 
-Prints a JSON object with the classifier's name and, by batch size, images per second.
+Prints a JSON object with the classifier's name and, by batch size, images per second and CPU
+milliseconds an image.
 """
 
 import io
@@ -37,15 +38,17 @@ def main() -> None:
     with open_source("sample") as source:
         pixels = [classifier.prepare(decode(image.data)) for image in source]
     endless = itertools.cycle(pixels)
-    found = {}
+    rates, costs = {}, {}
     for size in batches:
         for limit in (WARM_UP, seconds):
-            images, began = 0, time.monotonic()
+            images, began, used = 0, time.monotonic(), time.process_time()
             while time.monotonic() - began < limit:
                 classifier.predict(list(itertools.islice(endless, size)))
                 images += size
-            found[str(size)] = images / (time.monotonic() - began)
-    print(json.dumps({"model": classifier.name, "images_per_second": found}))
+            rates[str(size)] = images / (time.monotonic() - began)
+            costs[str(size)] = (time.process_time() - used) / images * 1000
+    found = {"model": classifier.name, "images_per_second": rates, "cpu_ms_per_image": costs}
+    print(json.dumps(found))
 
 
 def decode(data: bytes) -> Image.Image:

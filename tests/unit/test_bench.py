@@ -161,6 +161,7 @@ def found() -> dict[str, Any]:
             "cores": 2,
             "instructions": ["avx2"],
             "memory_gb": 8,
+            "host_cores": {"producer": 1, "broker": 2, "inference": 2, "storage": 1},
             "kernel": "6.1",
         },
         "versions": {"inference": {"python": "3.13"}},
@@ -173,8 +174,14 @@ def found() -> dict[str, Any]:
             "bench": {"images": 20000, "producer_records": 60000, "repetitions": 3},
         },
         "ceiling": {
-            "torch fp32": {"images_per_second": {"1": each(60), "32": each(300)}},
-            "openvino int8": {"images_per_second": {"1": each(600), "32": each(1500)}},
+            "torch fp32": {
+                "images_per_second": {"1": each(60), "32": each(300)},
+                "cpu_ms_per_image": {"1": each(20), "32": each(4)},
+            },
+            "openvino int8": {
+                "images_per_second": {"1": each(600), "32": each(1500)},
+                "cpu_ms_per_image": {"1": each(1), "32": each(0.8)},
+            },
         },
         "inference": {"torch fp32": drained(285), "openvino int8": drained(900)},
         "baseline": {
@@ -184,12 +191,14 @@ def found() -> dict[str, Any]:
         "storage": {
             "documents_per_second": each(1800),
             "bulk_docs_per_second": each(2000),
-            "cpu_ms_per_document": {"all": each(0.3), "database": each(0.4)},
+            "cpu_ms_per_document": {"all": each(0.3), "decode": each(0.1), "database": each(0.2)},
+            "bulk_docs_cpu_ms_per_document": {"all": each(0.05), "database": each(0.2)},
         },
         "record_bytes": 3000,
         "producer": {
             "records_per_second": each(5000),
             "perf_test_records_per_second": each(20000),
+            "perf_test_large_batches_records_per_second": each(40000),
             "perf_test_uncompressed_records_per_second": each(30000),
         },
         "latency_ms": {
@@ -243,7 +252,13 @@ def test_bars_say_what_is_met(found: dict[str, Any]) -> None:
 
 def test_the_page_shows_the_figures(found: dict[str, Any]) -> None:
     text = page.render(found)
-    for shown in ("900 (810 to 990)", "| 10 | 100 | 20.0 | 40.0 | 60.0 |", "**no**", "2 cores"):
+    for shown in (
+        "900 (810 to 990)",
+        "| 10 | 100 | 20.0 | 40.0 | 60.0 |",
+        "**no**",
+        "2 cores",
+        "2,000 documents/s at",
+    ):
         assert shown in text
     assert "nan" not in text
     assert "A remark." in page.render({**found, "notes": ["A remark."]})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,10 +37,15 @@ LATENCY_SETTLE = 60.0  # seconds that the last images get
 SAMPLE = 0.5  # seconds between two looks at an app's metrics
 PATIENCE = 90.0  # seconds without anything delivered after which a run has failed
 PAYLOADS = 500
-AS_THE_PRODUCER = "as the producer"
+DELIVERED_BY_STORAGE = 2  # records for each document: the image, and its prediction
 # What `iot-pipeline produce` gives its client where no pace is asked for.
 PRODUCER_BATCHES = {"batch.size": 262_144, "linger.ms": 5}
-DELIVERED_BY_STORAGE = 2  # records for each document: the image, and its prediction
+PERF_TESTS: dict[str, tuple[bool, Mapping[str, int]]] = {
+    "perf_test": (True, {}),
+    "perf_test_large_batches": (True, PRODUCER_BATCHES),
+    "perf_test_uncompressed": (False, {}),
+}
+"""Runs of kafka-producer-perf-test.sh: compressed as the producer does or not, and properties."""
 
 
 @dataclass(frozen=True)
@@ -165,11 +170,10 @@ class Measurement:
         records = self._options.records
         planned = [Step("records for kafka-producer-perf-test.sh", 4, self._payload)]
         for which in self._each():
-            title = f"kafka-producer-perf-test.sh, {which}"
+            planned.append(Step(f"producer, {which}", 8 + records / 12000, self._producer))
             planned += [
-                Step(f"producer, {which}", 8 + records / 6000, self._producer),
-                Step(title, 7 + records / 15000, partial(self._perf_test, AS_THE_PRODUCER)),
-                Step(f"{title}, no compression", 7 + records / 15000, self._perf_test),
+                Step(f"{name}, {which}", 8 + records / 20000, partial(self._perf_test, name))
+                for name in PERF_TESTS
             ]
         return planned
 
@@ -279,8 +283,9 @@ class Measurement:
         words = ("ceiling", str(CEILING_SECONDS), *map(str, self._batches))
         answer = self._lab.program("inference", self._engine(engine), *words)
         rates: dict[str, float] = answer["images_per_second"]
-        for batch, value in rates.items():
-            self._keep(value, "ceiling", engine, "images_per_second", batch)
+        for name in ("images_per_second", "cpu_ms_per_image"):
+            for batch, value in answer[name].items():
+                self._keep(value, "ceiling", engine, name, batch)
         self._plain["model"] = answer["model"]
         return ", ".join(f"{value:,.0f} at {batch}" for batch, value in rates.items()) + " images/s"
 
@@ -376,9 +381,14 @@ class Measurement:
             "IOT_COUCHDB_DATABASE": self._lab.create_database(),
         }
         words = ("bulk_docs", str(self._options.images), str(batch))
+        before = self._lab.cpu_seconds("storage", "couchdb")
         done = self._lab.program("storage", settings, *words)
+        used = self._lab.cpu_seconds("storage", "couchdb") - before
         rate = done["documents"] / done["seconds"]
         self._keep(rate, "storage", "bulk_docs_per_second")
+        for name, seconds in (("all", done["cpu_seconds"]), ("database", used)):
+            milliseconds = seconds / done["documents"] * 1000
+            self._keep(milliseconds, "storage", "bulk_docs_cpu_ms_per_document", name)
         self._lab.ask_database("remove")
         return f"{rate:,.0f} documents/s, {done['batch']} at once"
 
@@ -403,27 +413,29 @@ class Measurement:
         self._lab.remove(topic)
         return f"{rate:,.0f} records/s"
 
-    def _perf_test(self, compression: str = "none") -> str:
-        settings = self._lab.hosts["producer"].settings
+    def _perf_test(self, name: str) -> str:
+        """Run kafka-producer-perf-test.sh on as many cores as the producer's host has."""
+        producer = self._lab.hosts["producer"]
+        compressed, more = PERF_TESTS[name]
+        compression = producer.settings["IOT_COMPRESSION"] if compressed else "none"
         topic, count = self._topic("produced"), self._options.records
-        name = "perf_test_uncompressed_records_per_second"
-        if compression == AS_THE_PRODUCER:
-            compression, name = settings["IOT_COMPRESSION"], "perf_test_records_per_second"
         properties = [
-            f"bootstrap.servers={settings['IOT_BOOTSTRAP_SERVERS']}",
+            f"bootstrap.servers={producer.settings['IOT_BOOTSTRAP_SERVERS']}",
             *("acks=all", "enable.idempotence=true", f"compression.type={compression}"),
-            *(f"{key}={value}" for key, value in PRODUCER_BATCHES.items()),
+            *(f"{key}={value}" for key, value in more.items()),
         ]
+        cores = f"0-{producer.machine.cpus - 1}"
         words = [
             *("sudo systemd-run --quiet --wait --pipe --collect --unit=iot-bench-perf-test",),
-            *("--property=User=nobody /opt/kafka/bin/kafka-producer-perf-test.sh",),
+            *("--property=User=nobody", "taskset", "--cpu-list", cores),
+            "/opt/kafka/bin/kafka-producer-perf-test.sh",
             *("--topic", topic, "--num-records", str(count), "--throughput", "-1"),
             *("--warmup-records", str(count // 5), "--payload-file", f"{FOLDER}/payload"),
             *("--command-property", *properties),
         ]
         said = self._lab.hosts["broker"].run(*words, timeout=300)
         rate = steady_rate(said)
-        self._keep(rate, "producer", name)
+        self._keep(rate, "producer", f"{name}_records_per_second")
         self._lab.remove(topic)
         return f"{rate:,.0f} records/s, {compression}"
 
@@ -571,4 +583,5 @@ def facts(lab: Lab) -> dict[str, Any]:
     found["storage"]["database"] = (
         f"the lab's {vendor}" if "stand-in" in vendor else f"CouchDB {server['version']}"
     )
+    machine["host_cores"] = {role: host.machine.cpus for role, host in lab.hosts.items()}
     return {"machine": machine, "versions": found}

@@ -214,7 +214,7 @@ before the backlog ends. The images are those of the producer's source
 (`{found["settings"]["producer"].get("IOT_SOURCE", "")}`), over and over."""
     text = f"## Inference\n\n{_prose(text)}\n\n{_rows(header, rows)}"
     if measured:
-        text += "\n\n" + _where_the_time_goes(measured, found["engines"]["default"])
+        text += "\n\n" + _where_the_time_goes(found)
     if baseline:
         stored = _spread(baseline["storage_messages_per_second"])
         about = f"""The plain consumer is [tests/bench/baseline.py](../tests/bench/baseline.py):
@@ -225,7 +225,11 @@ at a time, takes {stored} messages/s: an image needs two."""
     return text
 
 
-def _where_the_time_goes(measured: Mapping[str, Found], default: str) -> str:
+def _where_the_time_goes(found: Found) -> str:
+    measured: Mapping[str, Found] = found["inference"]
+    ceiling: Mapping[str, Found] = found.get("ceiling", {})
+    default = found["engines"]["default"]
+    batch = str(found["settings"]["inference"]["IOT_MAX_BATCH_SIZE"])
     engines = list(measured)
     meaning = {
         "poll": "poll: Kafka's records into Python",
@@ -243,15 +247,22 @@ def _where_the_time_goes(measured: Mapping[str, Found], default: str) -> str:
     ]
     all_of_it = [_spread(measured[engine]["cpu_ms_per_image"]["all"]) for engine in engines]
     rows.append(["**all**", *all_of_it])
+    if all("cpu_ms_per_image" in ceiling.get(engine, {}) for engine in engines):
+        alone = [_spread(ceiling[engine]["cpu_ms_per_image"][batch]) for engine in engines]
+        rows.append([f"for comparison: the engine alone, batch {batch}", *alone])
     header = ["CPU milliseconds an image", *engines]
     text = "An engine also computes in the thread that calls it: model and handle belong together."
-    if default in measured:
+    if default in measured and default in ceiling:
         split = measured[default]["cpu_ms_per_image"]
         whole = split["all"]["median"]
         computing = split["model"]["median"] + split["handle"]["median"]
-        text += f""" With {default} they take {_number(computing)} of {_number(whole)} ms. Once all
-            cores are busy, that share, {computing / whole:.2f}, is the most of the ceiling that the
-            drain can reach; what broker and database take lowers it further."""
+        cores = found["machine"]["host_cores"]["inference"]
+        most = cores / whole * 1000
+        share = most / ceiling[default]["images_per_second"][batch]["median"]
+        text += f""" With {default} they take {_number(computing)} of {_number(whole)} ms. At
+            {_number(whole)} ms an image, the host's {cores} cores can do {most:,.0f} images/s:
+            {share:.2f} of the ceiling is the most that the drain can reach if nothing else runs
+            on them. Here the broker does."""
     return f"### Where the CPU seconds go\n\n{_rows(header, rows)}\n\n{_prose(text)}"
 
 
@@ -273,9 +284,21 @@ once, with one kept connection ([tests/bench/bulk_docs.py](../tests/bench/bulk_d
 database is {server or "unknown"}."""
     text = f"## Storage\n\n{_prose(text)}\n\n{_rows(['', 'documents/s'], rows)}"
     split = storage.get("cpu_ms_per_document")
+    bare = storage.get("bulk_docs_cpu_ms_per_document", {})
     if split:
-        rows = [[part, _spread(entry)] for part, entry in split.items() if entry["median"] > 0]
-        text += "\n\n" + _rows(["CPU milliseconds a document", ""], rows)
+        rows = [
+            [part, _spread(entry), _spread(bare[part]) if part in bare else ""]
+            for part, entry in split.items()
+            if entry["median"] > 0
+        ]
+        rows = [["**all of the app**", *row[1:]] if row[0] == "all" else row for row in rows]
+        text += "\n\n" + _rows(["CPU milliseconds a document", "app", "bare loop"], rows)
+        whole = split["all"]["median"] + split["database"]["median"]
+        cores = found["machine"]["host_cores"]["storage"]
+        limit = f"""App and database share the storage host. Together they take {_number(whole)} ms
+            of CPU a document: with the host's cores ({cores}) that is {cores / whole * 1000:,.0f}
+            documents/s at most."""
+        text += f"\n\n{_prose(limit)}"
     return text
 
 
@@ -291,17 +314,20 @@ def _producer(found: Found) -> str:
             ["`iot-pipeline produce --interval 0`", _spread(producer["records_per_second"])]
         )
     for name, how in (
-        ("perf_test_records_per_second", f"{compression}, which the ratio is of"),
-        ("perf_test_uncompressed_records_per_second", "no compression"),
+        ("perf_test", f"{compression}, its own batches"),
+        ("perf_test_large_batches", f"{compression}, the app's batches"),
+        ("perf_test_uncompressed", "no compression, its own batches"),
     ):
-        if name in producer:
-            rows.append([f"`kafka-producer-perf-test.sh`, {how}", _spread(producer[name])])
+        measured = producer.get(f"{name}_records_per_second")
+        if measured:
+            rows.append([f"`kafka-producer-perf-test.sh`, {how}", _spread(measured)])
+    cores = found["machine"]["host_cores"]
     text = f"""{settings["bench"]["producer_records"]:,} records of
 {_number(found["record_bytes"])} bytes, 4 partitions, compression {compression}, acks=all,
-idempotent, batches of up to 256 kB that wait 5 ms. The tool sends the same images with the same
-settings, from the broker's host because Java is there; its first fifth warms it up and is not
-counted. The app runs on the producer's host, which has one core, and
-makes each message itself."""
+idempotent. The tool sends the same images, from the broker's host because Java is there, on as
+many cores as the producer's host has ({cores["producer"]}); its first fifth warms it up and is not
+counted. The ratio is that to the tool's own batches, up to 16 kB. The app, whose batches are of up
+to 256 kB, makes each message itself."""
     return f"## Producer\n\n{_prose(text)}\n\n{_rows(['', 'records/s'], rows)}"
 
 
