@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from kafka.errors import (
     RetriableError,
     UnknownTopicOrPartitionError,
 )
+from kafka.structs import TopicPartition
 
 from iot_pipeline.errors import ConfigError, RecordTooLarge, SinkUnavailable
 from iot_pipeline.service import Log, Service
@@ -232,6 +234,51 @@ def wait_for_topics(consumer: KafkaConsumer, topics: Sequence[str], service: Ser
     return False
 
 
+_WORDS = struct.Struct("<I")
+
+
+def murmur2(key: bytes) -> int:
+    """The hash by which Kafka's clients choose a key's partition: 32 bits, not negative.
+
+    The same as kafka-python's, which reads single bytes and takes twice as long.
+    """
+    size = len(key)
+    rest = size % 4
+    digest = 0x9747B28C ^ size
+    for (word,) in _WORDS.iter_unpack(key[: size - rest]):
+        mixed = word * 0x5BD1E995 & 0xFFFFFFFF
+        mixed = (mixed ^ mixed >> 24) * 0x5BD1E995
+        digest = (digest * 0x5BD1E995 ^ mixed) & 0xFFFFFFFF
+    if rest:
+        digest ^= int.from_bytes(key[-rest:], "little")
+        digest = digest * 0x5BD1E995 & 0xFFFFFFFF
+    digest = (digest ^ digest >> 13) * 0x5BD1E995 & 0xFFFFFFFF
+    return digest ^ digest >> 15
+
+
+class _Producer(KafkaProducer):  # type: ignore[misc] # it has no types
+    """A client with a shorter way for the plain record."""
+
+    def append(self, topic: str, key: bytes, value: bytes) -> Any:
+        """`send` for a record without headers that is known to be small enough.
+
+        kafka-python's `send` wakes the sending thread at each record while a batch waits for the
+        one before it. That thread has nothing to do then, and both fight for the interpreter: it
+        took more time than everything else. Here only a new batch wakes it. It looks for the next
+        batch by itself when the broker has answered.
+        """
+        partitions = self._metadata.partitions_for_topic(topic)
+        if self._closed or not partitions:
+            return self.send(topic, key=key, value=value)
+        partition = sorted(partitions)[(murmur2(key) & 0x7FFFFFFF) % len(partitions)]
+        future, _is_full, is_new, _aborted = self._accumulator.append(
+            TopicPartition(topic, partition), None, key, value, []
+        )
+        if is_new:
+            self._sender.wakeup()
+        return future
+
+
 class Sender:
     """Sends records and makes sure that each was taken.
 
@@ -275,7 +322,7 @@ class Sender:
         self._pending: deque[tuple[str, bytes | None, Any]] = deque()
 
     def _make_client(self) -> Any:
-        return KafkaProducer(
+        return _Producer(
             **_options(self._settings),
             acks="all",
             enable_idempotence=True,
@@ -289,15 +336,14 @@ class Sender:
         )
 
     def _renew(self) -> None:
-        """Replace the client if the broker has refused a record for good.
+        """Replace the client after the broker has refused a record for good.
 
         The refused record leaves a gap in the sequence that makes a client idempotent, so
         kafka-python's then answers every record with the same refusal.
         """
-        if self._spoiled:
-            self.close(timeout=1.0)
-            self._producer = self._make_client()
-            self._spoiled = False
+        self.close(timeout=1.0)
+        self._producer = self._make_client()
+        self._spoiled = False
 
     def send(
         self,
@@ -324,14 +370,19 @@ class Sender:
             ConfigError: the topic does not exist or may not be written to.
         """
         size = len(key or b"") + len(value or b"")
-        size += sum(len(name) + len(text) for name, text in headers)
+        if headers:
+            size += sum(len(name) + len(text) for name, text in headers)
         if limited and size > self._max_record_bytes:
             raise RecordTooLarge(
                 f"a record of {size} bytes exceeds IOT_MAX_RECORD_BYTES={self._max_record_bytes}"
             )
         try:
-            self._renew()
-            future = self._producer.send(topic, key=key, value=value, headers=list(headers))
+            if self._spoiled:
+                self._renew()
+            if key is None or value is None or headers:
+                future = self._producer.send(topic, key=key, value=value, headers=list(headers))
+            else:
+                future = self._producer.append(topic, key, value)
         except KafkaTimeoutError as error:
             self._give_up()
             raise SinkUnavailable(
@@ -377,7 +428,7 @@ class Sender:
             topic, key, future = pending[0]
             try:
                 # Most are done by the time that they are looked at.
-                if not future.succeeded():
+                if not future.is_done or future.exception is not None:
                     self._wait(future, deadline, alive)
             except KafkaError as error:
                 self._spoiled |= not isinstance(error, RetriableError)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import json
 import random
 import re
@@ -81,10 +82,11 @@ def uuid7() -> str:
     bits after the milliseconds hold the fraction), which keeps the database's writes sequential.
     """
     ticks = _uuid7_clock.next()
-    value = (ticks >> 12) << 80 | 0x7 << 76 | (ticks & 0xFFF) << 64
-    value |= 0b10 << 62 | _uuid7_random.getrandbits(62)
-    digits = f"{value:032x}"
-    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+    chance = _uuid7_random.getrandbits(62)
+    return (
+        f"{ticks >> 28:08x}-{ticks >> 12 & 0xFFFF:04x}-7{ticks & 0xFFF:03x}-"
+        f"{0x8000 | chance >> 48:04x}-{chance & 0xFFFFFFFFFFFF:012x}"
+    )
 
 
 def uuid7_time(identifier: str) -> datetime:
@@ -110,7 +112,9 @@ def now() -> datetime:
 
 def format_time(moment: datetime) -> str:
     """RFC 3339 in UTC with microseconds: such strings sort like the times they stand for."""
-    return moment.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    if moment.tzinfo is not UTC:
+        moment = moment.astimezone(UTC)
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def parse_time(text: str) -> datetime:
@@ -220,6 +224,10 @@ def _json_text(text: str) -> bytes:
     return json_string(text).encode()
 
 
+# For what is the same in many messages, such as labels.
+_common_json_text = functools.lru_cache(maxsize=1024)(_json_text)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageMessage:
     """One image on its way, as it stands in `iot-topic`.
@@ -262,15 +270,15 @@ class ImageMessage:
                 b'{"ID":',
                 _json_text(self.id),
                 b',"GroundTruth":',
-                _json_text(self.ground_truth),
+                _common_json_text(self.ground_truth),
                 b',"Data":"',
                 base64.b64encode(self.data),
                 b'","ContentType":',
-                _json_text(self.content_type),
+                _common_json_text(self.content_type),
                 b',"ProducedAt":"',
                 format_time(self.produced_at).encode("ascii"),
                 b'","Source":',
-                _json_text(self.source),
+                _common_json_text(self.source),
                 b"}",
             )
         )
