@@ -123,19 +123,19 @@ def test_a_partition_that_is_gone_is_forgotten() -> None:
 
 
 def test_only_what_the_broker_is_known_to_have_is_waited_for() -> None:
-    intake = Intake(3, PLENTY)
+    intake = Intake(4, PLENTY)
     intake.add(ONE, records(ONE, 1))
     intake.add(TWO, records(TWO, 1))
     intake.take(2, PLENTY)
     intake.add(ONE, records(ONE, 1, 1))
     assert not intake.lacking({ONE: 2, TWO: 1})
-    assert intake.lacking({ONE: 3, TWO: 1}), "the batch is not full"
+    assert intake.lacking({ONE: 3, TWO: 1}), "its share of a batch is two"
     assert intake.lacking({ONE: 2, TWO: 2})
     assert not intake.lacking({ONE: 2, TWO: 1, THREE: 500}), "it was read before this start"
     assert not intake.lacking({ONE: 2, TWO: 1, THREE: None}), "nothing suggests a backlog"
-    intake.add(ONE, records(ONE, 2, 2))
+    intake.add(ONE, records(ONE, 3, 2))
     assert not intake.lacking({ONE: 9, TWO: 1}), "there are enough to go on with"
-    assert intake.lacking({ONE: 4, TWO: 1, THREE: None})
+    assert intake.lacking({ONE: 5, TWO: 1, THREE: None})
     large = Intake(3, 4000)
     large.add(ONE, [KafkaRecord(ONE.topic, ONE.partition, 0, bytes(2000))])
     assert not large.lacking({ONE: 9, TWO: 0}), "it is full already"

@@ -33,10 +33,10 @@ def no_settings_of_this_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_defaults() -> None:
     loaded = load(InferSettings, environment={})
     assert loaded.bootstrap_servers == "localhost:9092"
-    assert loaded.max_batch_size == 32
+    assert loaded.max_batch_size == 64
     assert loaded.group_id == "iot-inference"
     assert loaded.group_instance_id == socket.gethostname()
-    assert load(StoreSettings, environment={}).max_batch_size == 1000
+    assert load(StoreSettings, environment={}).max_batch_size == 2000
     assert load(ProduceSettings, environment={}).interval == 10
 
 

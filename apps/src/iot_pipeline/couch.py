@@ -133,8 +133,8 @@ class CouchDatabase:
         changed = []
         stored_at = format_time(now())
         for identifier in identifiers:
-            before = existing.get(identifier)
-            after = merge(before or waiting[identifier], waiting[identifier])
+            before, state = existing.get(identifier), waiting[identifier]
+            after = dict(state) if before is None else merge(before, state)
             if is_complete(after):
                 after.setdefault(STORED_AT, stored_at)
             if before is not None:

@@ -83,7 +83,8 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
             f"{width} x {height} pixels are more than IOT_MAX_IMAGE_PIXELS={max_pixels}",
         )
     try:
-        return image.convert("RGB")
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:
         raise _damaged(error) from error
 

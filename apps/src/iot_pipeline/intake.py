@@ -71,19 +71,21 @@ class Intake:
     def lacking(self, ends: Mapping[TopicPartition, int | None]) -> bool:
         """Whether the next batch would lack records that the broker is known to have.
 
-        It would, if it were not full, or had none of a partition.
+        It would, if a partition held less than its share of a batch. Others would fill the gap, and
+        images and their predictions no longer come in step.
 
         Args:
             ends: the end of each assigned partition at the broker; None where it is not known yet,
                 as in the first moments after the start. Many records of one partition then suggest
                 that the others have as many.
         """
-        enough = len(self) >= self._max_records
+        share = max(1, self._max_records // max(1, len(ends)))
+        backlog = len(self) >= self._max_records
         full = self.full(ends)
         return any(
             partition not in full
-            and not (enough and self._waiting.get(partition))
-            and (enough if end is None else end > self._ends.get(partition, end))
+            and len(self._waiting.get(partition, ())) < share
+            and (backlog if end is None else end > self._ends.get(partition, end))
             for partition, end in ends.items()
         )
 

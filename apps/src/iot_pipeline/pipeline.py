@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -219,8 +219,9 @@ class Pipeline(Generic[ItemT, ResultT]):
             return False
         self._beat()
         started = time.monotonic()
+        for topic, count in Counter(record.topic for record in batch.records).items():
+            metrics.RECORDS_IN.labels(topic).inc(count)
         for record in batch.records:
-            metrics.RECORDS_IN.labels(record.topic).inc()
             try:
                 batch.outcomes.append(self._stage.decode(record))
             except InvalidMessage as error:

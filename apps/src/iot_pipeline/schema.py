@@ -503,6 +503,8 @@ def _choose(
     # A part that an outsider left without some of its fields gives way to a whole one.
     most = max(len(part) for part in candidates)
     candidates = [part for part in candidates if len(part) == most]
+    if len(candidates) == 1:
+        return candidates[0]
     return prefer(candidates, key=lambda part: (str(part.get(time_field, "")), _canonical(part)))
 
 

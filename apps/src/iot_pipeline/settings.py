@@ -164,7 +164,7 @@ class ConsumerSettings(Settings):
         metavar="NAME",
     )
     max_batch_size: int = setting(
-        32, "most records handled at once", unit="records", minimum=1, maximum=100_000
+        64, "most records handled at once", unit="records", minimum=1, maximum=100_000
     )
     max_batch_delay: float = setting(
         0.05,
@@ -310,7 +310,7 @@ class StoreSettings(CouchSettings, ConsumerSettings):
 
     group_id: str = setting("iot-storage", "consumer group", required=True)
     max_batch_size: int = setting(
-        1000, "most records handled at once", unit="records", minimum=1, maximum=100_000
+        2000, "most records handled at once", unit="records", minimum=1, maximum=100_000
     )
 
 

@@ -161,6 +161,7 @@ class Worker(Generic[ItemT, ResultT]):
         self._membership = membership
         self._pipeline = Pipeline(stage, settings, sender)
         self._intake = Intake(settings.max_batch_size, INTAKE_BYTES)
+        self._polled_at = 0.0
         # Since when a batch has waited for more records.
         self._filling_since = 0.0
         # What is done but not committed yet: the offsets to go on from.
@@ -189,8 +190,10 @@ class Worker(Generic[ItemT, ResultT]):
 
     def _turn(self) -> None:
         self._watch()
-        if not self._poll(self._patience()) and len(self._pipeline.in_flight) >= MAX_IN_FLIGHT:
+        if self._sated():
             self._pipeline.progress.wait(BUSY_POLL_SECONDS)
+        else:
+            self._poll(self._patience())
         self._feed()
         self._settle()
         self._commit()
@@ -205,12 +208,22 @@ class Worker(Generic[ItemT, ResultT]):
         elif self._member():
             self._service.ready("working")
 
+    def _sated(self) -> bool:
+        """Whether the threads have all that they can take, and the next batch is there too.
+
+        Polling can wait then, but not for long: by polling, a member shows that it is alive.
+        """
+        return (
+            len(self._pipeline.in_flight) >= MAX_IN_FLIGHT
+            and len(self._intake) >= self._settings.max_batch_size
+            and not self._lacking()
+            and time.monotonic() - self._polled_at < POLL_SECONDS
+        )
+
     def _patience(self) -> float:
         """Seconds to wait for records."""
         if not self._member():
             return POLL_SECONDS
-        if len(self._pipeline.in_flight) >= MAX_IN_FLIGHT:
-            return 0.0
         if self._pipeline.in_flight or self._intake or self._done:
             return BUSY_POLL_SECONDS
         return POLL_SECONDS
@@ -219,8 +232,9 @@ class Worker(Generic[ItemT, ResultT]):
         """Whether we are in the group, and it is not being rebalanced."""
         return self._consumer.group_metadata().state is MemberState.STABLE
 
-    def _poll(self, seconds: float) -> bool:
-        """Take in records that have come. False: there were none."""
+    def _poll(self, seconds: float) -> None:
+        """Take in records that have come."""
+        self._polled_at = time.monotonic()
         member = self._member()
         assigned = self._consumer.assignment()
         full, paused = self._intake.full(assigned), self._consumer.paused() & assigned
@@ -245,7 +259,6 @@ class Worker(Generic[ItemT, ResultT]):
         for partition, records in polled.items():
             self._intake.add(partition, records)
             self._next.setdefault(partition, records[0].offset)
-        return bool(polled)
 
     def _forget(self, revoked: set[TopicPartition]) -> None:
         self._intake.drop(revoked)
@@ -265,14 +278,14 @@ class Worker(Generic[ItemT, ResultT]):
 
     def _worth_waiting(self) -> bool:
         """Whether the batch should wait for records that the broker is known to have."""
-        ends = {
-            partition: self._consumer.highwater(partition)
-            for partition in self._consumer.assignment()
-        }
-        if not self._intake.lacking(ends):
+        if not self._lacking():
             return False
         self._filling_since = self._filling_since or time.monotonic()
         return time.monotonic() - self._filling_since < self._settings.max_batch_delay
+
+    def _lacking(self) -> bool:
+        assigned = self._consumer.assignment()
+        return self._intake.lacking({at: self._consumer.highwater(at) for at in assigned})
 
     def _settle(self) -> None:
         """Note what has been finished, in order."""

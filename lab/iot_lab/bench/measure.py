@@ -34,7 +34,7 @@ RATES = {1: 100, 10: 600, 50: 1500}
 """Images per second of the latency's measurement, and how many images in all repetitions."""
 WARM_UP_IMAGES = 20
 LATENCY_SETTLE = 60.0  # seconds that the last images get
-SAMPLE = 0.5  # seconds between two looks at an app's metrics
+SAMPLE = 1.0  # seconds between two looks at an app's metrics
 PATIENCE = 90.0  # seconds without anything delivered after which a run has failed
 PAYLOADS = 500
 DELIVERED_BY_STORAGE = 2  # records for each document: the image, and its prediction

@@ -37,6 +37,8 @@ def load(model: Model, precision: str, folder: Path, threads: int) -> Run:
         # Without this, it takes bfloat16 where the processor has it.
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
         "NUM_STREAMS": 1,
+        # Its threads share the cores with those that decode and send, and must be free to move.
+        "ENABLE_CPU_PINNING": False,
         **({"INFERENCE_NUM_THREADS": threads} if threads else {}),
     }
     compiled = core.compile_model(core.read_model(folder / FILE), "CPU", options)
