@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,8 @@ import pytest
 from iot_lab.bench import figures, measure, page
 from iot_lab.shell import LabError
 from iot_pipeline import produce
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def sample(at: float, *delivered: float, **metrics: float) -> figures.Sample:
@@ -271,3 +275,13 @@ def test_a_page_of_some_parts(found: dict[str, Any], part: str) -> None:
     del found[part]
     found["ratios"] = figures.ratios(found)
     assert page.render(found).startswith("# Benchmarks")
+
+
+def test_the_page_in_the_repository_is_made_from_its_figures() -> None:
+    found = json.loads((DOCS / "benchmarks.json").read_text())
+    assert (DOCS / "benchmarks.md").read_text() == page.render(found)
+    assert found["failures"] == {}
+    assert found["ratios"] == figures.ratios(found)
+    assert found["latency_ms"].keys() == {"1", "10", "50"}
+    for name in ("engines", "latency"):
+        assert (DOCS / "images" / f"{name}.svg").read_text().startswith("<?xml")
