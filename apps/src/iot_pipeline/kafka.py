@@ -329,8 +329,8 @@ class Sender:
             delivery_timeout_ms=self._delivery_timeout_ms,
             max_block_ms=REQUEST_TIMEOUT_MS,
             max_request_size=self._max_record_bytes + REQUEST_OVERHEAD_BYTES,
-            # By its source, kafka-python puts back what a lost connection left unanswered last batch
-            # first. With one in flight there is no order to lose, and more were not faster.
+            # By its source, kafka-python puts back in reverse order what a lost connection left
+            # unanswered. With one in flight there is no order to lose, and more were not faster.
             max_in_flight_requests_per_connection=1,
             **self._batching,
         )
