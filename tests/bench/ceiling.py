@@ -16,7 +16,7 @@ import time
 
 from PIL import Image
 
-from iot_pipeline.classifier import load_classifier
+from iot_pipeline.classifier import classifier_of
 from iot_pipeline.settings import InferSettings, load
 from iot_pipeline.sources import open_source
 
@@ -26,14 +26,7 @@ WARM_UP = 0.5  # seconds
 def main() -> None:
     seconds, batches = float(sys.argv[1]), [int(word) for word in sys.argv[2:]]
     settings = load(InferSettings)
-    classifier = load_classifier(
-        settings.model,
-        revision=settings.model_revision or None,
-        threads=settings.threads or None,
-        engine=settings.engine,
-        precision=settings.precision,
-        cache=settings.model_cache,
-    )
+    classifier = classifier_of(settings)
     classifier.warm_up()
     with open_source("sample") as source:
         pixels = [classifier.prepare(decode(image.data)) for image in source]

@@ -16,8 +16,16 @@ from PIL import Image
 from iot_pipeline import engines
 from iot_pipeline.engines import EngineError, Run
 from iot_pipeline.model import Model, ModelError, find_model
+from iot_pipeline.settings import ModelSettings
 
-__all__ = ["Classifier", "EngineError", "ModelError", "Prediction", "load_classifier"]
+__all__ = [
+    "Classifier",
+    "EngineError",
+    "ModelError",
+    "Prediction",
+    "classifier_of",
+    "load_classifier",
+]
 
 PREPARED = "prepared.json"
 """In the folder of a prepared model: how it was made and how it compared."""
@@ -115,6 +123,18 @@ def load_classifier(
             f"IOT_MODEL_CACHE), as the role inference_node does, or {engines.HOW_TO_CHOOSE}"
         )
     return Classifier(found, module.load(found, precision, folder, threads or 0))
+
+
+def classifier_of(settings: ModelSettings) -> Classifier:
+    """Load the model that the settings name; see `load_classifier`."""
+    return load_classifier(
+        settings.model,
+        revision=settings.model_revision or None,
+        threads=settings.threads or None,
+        engine=settings.engine,
+        precision=settings.precision,
+        cache=settings.model_cache,
+    )
 
 
 def is_prepared(engine: str, precision: str) -> bool:

@@ -170,18 +170,11 @@ def run(settings: InferSettings) -> int:
     Raises:
         PipelineError: with the exit status to end with.
     """
-    from iot_pipeline.classifier import load_classifier
+    from iot_pipeline.classifier import classifier_of
 
     with Service(settings) as service:
         service.status(f"loading the model {settings.model}")
-        classifier = load_classifier(
-            settings.model,
-            revision=settings.model_revision or None,
-            threads=settings.threads or None,
-            engine=settings.engine,
-            precision=settings.precision,
-            cache=settings.model_cache,
-        )
+        classifier = classifier_of(settings)
         classifier.warm_up()
         log.info("model ready", model=classifier.name, engine=settings.engine)
         run_stage(

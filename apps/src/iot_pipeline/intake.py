@@ -9,7 +9,7 @@ same batch, however far both topics have grown.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from kafka.structs import TopicPartition
 
@@ -40,10 +40,6 @@ class Intake:
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
-
-    def __iter__(self) -> Iterator[Record]:
-        for records in self._waiting.values():
-            yield from records
 
     def add(self, partition: TopicPartition, records: Sequence[Record]) -> None:
         """Take the next records of a partition."""

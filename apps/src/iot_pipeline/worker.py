@@ -199,14 +199,18 @@ class Worker(Generic[ItemT, ResultT]):
         self._commit()
 
     def _watch(self) -> None:
-        """Feed the watchdog, unless one of the stage's threads hangs, and tell of outages."""
-        if self._pipeline.silence() < SILENCE_SECONDS:
-            self._service.alive()
+        """Feed the watchdog and tell of outages."""
+        self._alive()
         outage = self._pipeline.outage
         if outage is not None:
             self._service.status(f"waiting for {self._sink}: {outage}")
         elif self._member():
             self._service.ready("working")
+
+    def _alive(self) -> None:
+        """Feed the watchdog, unless one of the stage's threads hangs."""
+        if self._pipeline.silence() < SILENCE_SECONDS:
+            self._service.alive()
 
     def _sated(self) -> bool:
         """Whether the threads have all that they can take, and the next batch is there too.
@@ -304,8 +308,7 @@ class Worker(Generic[ItemT, ResultT]):
                     "stopping before the sink is back", batches=len(self._pipeline.in_flight)
                 )
                 break
-            if self._pipeline.silence() < SILENCE_SECONDS:
-                self._service.alive()
+            self._alive()
             self._pipeline.progress.wait(BUSY_POLL_SECONDS)
             self._settle()
         self._settle()
