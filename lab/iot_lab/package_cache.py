@@ -68,7 +68,7 @@ def ensure(subnet: str) -> str:
         current = RECORD.exists() and RECORD.read_text() == digest
         if not (current and str(SETTINGS) in servers().values()):
             stop()
-            _write(variables)
+            write_settings(variables)
             _start(program(), address)
             RECORD.write_text(digest)
         paths.PACKAGE_CACHE_URL.write_text(f"{url}\n")
@@ -129,14 +129,17 @@ def _digest(variables: Mapping[str, object]) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
-def _write(variables: Mapping[str, object]) -> None:
+def write_settings(variables: Mapping[str, object]) -> None:
     """Write the settings: the role's own, in a frame that asks for no rights."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     site = FOLDER / "package-cache.conf"
+    tools = paths.TOOLS / "bin"
     answer(
-        *(str(paths.TOOLS / "bin" / "ansible"), "localhost", "--connection", "local"),
+        # An inventory in the environment (molecule sets one) would bring its variables along.
+        *(str(tools / "ansible"), "localhost", "--inventory", "localhost,", "--connection", "local"),
         *("--module-name", "ansible.builtin.template"),
         *("--args", json.dumps({"src": str(TEMPLATE), "dest": str(site), "mode": "0644"})),
+        *("--extra-vars", json.dumps({"ansible_python_interpreter": str(tools / "python")})),
         *("--extra-vars", f"@{DEFAULTS}", "--extra-vars", json.dumps(variables)),
     )
     user = "user root;\n" if os.geteuid() == 0 else ""

@@ -18,7 +18,7 @@ import jinja2
 import pytest
 import yaml
 
-from iot_lab import package_cache
+from iot_lab import package_cache, paths
 from iot_lab.shell import LabError
 
 TITLE = "nginx: master process /usr/sbin/nginx -e {0}/error.log -p {0} -c {0}/nginx.conf"
@@ -49,6 +49,25 @@ def test_name_servers() -> None:
 def test_without_a_name_server_it_says_so() -> None:
     with pytest.raises(LabError, match="name server"):
         package_cache.name_servers("search example\n")
+
+
+def test_its_settings_need_no_inventory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # molecule names one in the environment, whose variables mean nothing to this machine.
+    monkeypatch.setenv("ANSIBLE_INVENTORY", str(paths.ROOT / "inventory" / "couchdb"))
+    monkeypatch.setattr(package_cache, "FOLDER", tmp_path)
+    monkeypatch.setattr(package_cache, "SETTINGS", tmp_path / "nginx.conf")
+    package_cache.write_settings(
+        {
+            "package_cache_address": "192.0.2.1",
+            "package_cache_port": 3142,
+            "package_cache_clients": ["192.0.2.0/24"],
+            "package_cache_resolvers": ["192.0.2.53"],
+            "package_cache_dir": str(tmp_path / "files"),
+            "package_cache_log": str(tmp_path / "access.log"),
+        }
+    )
+    assert str(tmp_path / "package-cache.conf") in (tmp_path / "nginx.conf").read_text()
+    assert "listen 192.0.2.1:3142" in (tmp_path / "package-cache.conf").read_text()
 
 
 @dataclass
