@@ -265,6 +265,7 @@ class Trainer:
                 "complete": progress >= 1,
                 "seed": self.options.seed,
                 "drawings": self.options.drawings,
+                "precision": self.options.precision,
             }
             export(self.model, self.data, self.options.out, self.channels, training)
             if progress >= 1:
@@ -313,8 +314,10 @@ class Trainer:
         if edge != images.shape[-1]:
             images = functional.interpolate(images, (edge, edge), mode="bilinear", antialias=True)
         images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, self.options.precision == "bf16"):
+            logits = self.model(images)
         loss = functional.cross_entropy(
-            self.model(images), self.data.labels[rows], label_smoothing=0.1
+            logits.float(), self.data.labels[rows], label_smoothing=0.1
         )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -373,6 +376,12 @@ def main(argv: list[str] | None = None) -> int:
     option("--drawings", type=int, default=300, help="drawings per class to mix in; 0 for none")
     option("--seed", type=int, default=1, help="of weights, order and augmentation")
     option("--threads", type=int, help="CPU threads; torch's choice if not given")
+    option(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of activations; bf16 is faster where the processor multiplies in it (avx512_bf16, amx)",
+    )
     option("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     options = parser.parse_args(argv)
     if options.device == "auto":
