@@ -150,18 +150,18 @@ class InferStage:
 
     @staticmethod
     def _report(items: Sequence[DecodedImage], messages: Sequence[PredictionMessage]) -> None:
-        each = log.info if len(items) <= LOGGED_ONE_BY_ONE else log.debug
+        if len(items) > LOGGED_ONE_BY_ONE:
+            log.info("classified batch", images=len(items))
+            return
         for item, message in zip(items, messages, strict=True):
             age = message.inferred_at - item.produced_at
-            each(
+            log.info(
                 "classified",
                 id=item.id,
                 label=message.inferred_value,
                 confidence=round(message.confidence, 3),
                 ms=round(age.total_seconds() * 1000),
             )
-        if len(items) > LOGGED_ONE_BY_ONE:
-            log.info("classified batch", images=len(items))
 
 
 def run(settings: InferSettings) -> int:

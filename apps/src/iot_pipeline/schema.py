@@ -129,9 +129,19 @@ def parse_time(text: str) -> datetime:
     zone = match["zone"].upper().replace("Z", "+00:00")
     fraction = (match["fraction"] or "")[:6].ljust(6, "0")
     try:
-        return datetime.fromisoformat(f"{match['second'].upper()}.{fraction}{zone}").astimezone(UTC)
+        moment = datetime.fromisoformat(f"{match['second'].upper()}.{fraction}{zone}")
+        return moment if moment.tzinfo is UTC else moment.astimezone(UTC)
     except OverflowError as error:
         raise ValueError("a time outside the years 1 to 9999") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+# `json.loads` and `json.dumps` with options would make one of these for each message.
+_json_decoder = json.JSONDecoder(parse_constant=_refuse_constant)
+_json_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 class _Fields:
@@ -139,7 +149,7 @@ class _Fields:
 
     def __init__(self, value: bytes) -> None:
         try:
-            decoded = json.loads(value, parse_constant=_refuse_constant)
+            decoded = _json_decoder.decode(value.decode(json.detect_encoding(value), "surrogatepass"))
         except (ValueError, RecursionError) as error:
             raise InvalidMessage(Reason.INVALID_JSON, f"not JSON: {error}") from error
         if not isinstance(decoded, dict):
@@ -202,9 +212,6 @@ class _Fields:
             raise InvalidMessage(Reason.INVALID_BASE64, f"{name} is not base64: {error}") from error
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
-
 
 def _invalid(name: str, problem: str) -> InvalidMessage:
     return InvalidMessage(Reason.INVALID_FIELD, f"{name} {problem}")
@@ -217,7 +224,7 @@ def _json_type(value: object) -> str:
 
 
 def _encode(document: Mapping[str, Any]) -> bytes:
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    return _json_encoder.encode(document).encode()
 
 
 def _json_text(text: str) -> bytes:
@@ -451,6 +458,10 @@ Document = dict[str, Any]
 
 IMAGE_FIELDS: tuple[str, ...] = ("GroundTruth", "Data", "ContentType", "ProducedAt", "Source")
 PREDICTION_FIELDS: tuple[str, ...] = ("InferredValue", "Confidence", "Model", "InferredAt")
+_IMAGE = {"_id", "ID", *IMAGE_FIELDS}
+_PREDICTION = {"_id", "ID", *PREDICTION_FIELDS}
+_COMPLETE = {*IMAGE_FIELDS, *PREDICTION_FIELDS}
+
 STORED_AT = "StoredAt"
 """When the document first held both image and prediction: set by the store, never moved later."""
 
@@ -462,7 +473,7 @@ def document(message: Message) -> Document:
 
 def is_complete(stored: Document) -> bool:
     """Whether both the image and its prediction have arrived."""
-    return all(name in stored for name in (*IMAGE_FIELDS, *PREDICTION_FIELDS))
+    return stored.keys() >= _COMPLETE
 
 
 def merge(one: Document, other: Document) -> Document:
@@ -478,6 +489,8 @@ def merge(one: Document, other: Document) -> Document:
     """
     if one["_id"] != other["_id"]:
         raise ValueError(f"documents of two images: {one['_id']} and {other['_id']}")
+    if one.keys() == _IMAGE and other.keys() == _PREDICTION and one["ID"] == other["ID"]:
+        return {**one, **other}  # as below would find: nearly all merges are of these two
     merged: Document = {"_id": one["_id"]}
     merged |= _choose(one, other, IMAGE_FIELDS, "ProducedAt", min)
     merged |= _choose(one, other, PREDICTION_FIELDS, "InferredAt", max)

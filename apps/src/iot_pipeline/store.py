@@ -73,12 +73,12 @@ class StoreStage:
 
     @staticmethod
     def _report(stored: Mapping[str, Document]) -> None:
-        each = log.info if len(stored) <= LOGGED_ONE_BY_ONE else log.debug
-        for identifier, state in stored.items():
-            each("stored", id=identifier, complete=str(is_complete(state)).lower())
         if len(stored) > LOGGED_ONE_BY_ONE:
             complete = sum(map(is_complete, stored.values()))
             log.info("stored batch", documents=len(stored), complete=complete)
+            return
+        for identifier, state in stored.items():
+            log.info("stored", id=identifier, complete=str(is_complete(state)).lower())
 
 
 def run(settings: StoreSettings) -> int:
