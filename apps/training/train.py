@@ -316,9 +316,7 @@ class Trainer:
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, self.options.precision == "bf16"):
             logits = self.model(images)
-        loss = functional.cross_entropy(
-            logits.float(), self.data.labels[rows], label_smoothing=0.1
-        )
+        loss = functional.cross_entropy(logits.float(), self.data.labels[rows], label_smoothing=0.1)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -380,7 +378,7 @@ def main(argv: list[str] | None = None) -> int:
         "--precision",
         choices=("fp32", "bf16"),
         default="fp32",
-        help="of activations; bf16 is faster where the processor multiplies in it (avx512_bf16, amx)",
+        help="of activations; bf16 is faster where the processor has avx512_bf16 or amx",
     )
     option("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     options = parser.parse_args(argv)

@@ -136,7 +136,14 @@ def write_settings(variables: Mapping[str, object]) -> None:
     tools = paths.TOOLS / "bin"
     answer(
         # An inventory in the environment (molecule sets one) would bring its variables along.
-        *(str(tools / "ansible"), "localhost", "--inventory", "localhost,", "--connection", "local"),
+        *(
+            str(tools / "ansible"),
+            "localhost",
+            "--inventory",
+            "localhost,",
+            "--connection",
+            "local",
+        ),
         *("--module-name", "ansible.builtin.template"),
         *("--args", json.dumps({"src": str(TEMPLATE), "dest": str(site), "mode": "0644"})),
         *("--extra-vars", json.dumps({"ansible_python_interpreter": str(tools / "python")})),

@@ -126,11 +126,15 @@ def test_fields_of_the_database_s_users_are_kept(
     connect: Callable[..., CouchDatabase], database: Database, name: str
 ) -> None:
     identifier = uuid7()
-    body = {"Note": "checked by hand"}
+    body = {"Note": "checked by hand", "Serial": 10**20}
     assert database.request("PUT", f"/{name}/{identifier}", body).status == 201
     connect().merge_in({identifier: image(identifier)}, nothing)
     [found] = connect().scan()
-    assert (found["Note"], found["GroundTruth"]) == ("checked by hand", "cat")
+    assert (found["Note"], found["Serial"], found["GroundTruth"]) == (
+        "checked by hand",
+        10**20,
+        "cat",
+    )
 
 
 def test_a_scan_passes_every_page_once_and_no_design_document(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 import couchdb
 import couchdb.http
+import orjson
 
 from iot_pipeline.errors import ConfigError, InvalidMessage, Reason, SinkUnavailable
 from iot_pipeline.schema import (
@@ -182,10 +184,10 @@ class CouchDatabase:
 
     def _bulk_docs(self, documents: Sequence[Document]) -> Any:
         # Not `Database.update`, which keeps a row's reason but not its error.
-        _status, _headers, rows = self._database.resource.post_json(
-            "_bulk_docs", body={"docs": list(documents)}
+        _status, _headers, answer = self._database.resource.post(
+            "_bulk_docs", _json({"docs": documents}), {"Content-Type": "application/json"}
         )
-        return rows
+        return orjson.loads(answer.read())
 
     def read(self, identifiers: Sequence[str]) -> dict[str, Document]:
         """The documents with these ids, by id; those that do not exist are left out.
@@ -261,6 +263,14 @@ class CouchDatabase:
             ) from error
         except (couchdb.http.HTTPError, *_UNREADABLE) as error:
             raise SinkUnavailable(f"{self._name} answers unlike CouchDB: {error}") from error
+
+
+def _json(value: object) -> bytes:
+    try:
+        return orjson.dumps(value)
+    except orjson.JSONEncodeError:
+        # Others may have added what only the slow way can write, such as integers of over 64 bits.
+        return json.dumps(value).encode()
 
 
 def _size(document: Document) -> int:
