@@ -147,36 +147,47 @@ def machine_busy(first: Sample, last: Sample) -> float:
     return float(busy / whole) if whole else math.nan
 
 
-def resident_mb(samples: Sequence[Sample], goal: float) -> dict[str, float]:
+def resident_mb(samples: Sequence[Sample], warm_up: float, counted: float) -> dict[str, float]:
     """Return the resident memory of the units of a run in MB (10^6 bytes), by its progress.
 
-    `start` is the first sample after 5 % of `goal` records, since caches and buffers fill first;
-    `half` and `end` are what they say; `peak` is the most of all samples. A producer ends by
-    itself, so its last sample may miss its last records.
+    `fresh` is the first sample with a record. `start` comes after `warm_up` records, since caches
+    and buffers fill first; `half` and `end` lie between it and `counted` records more; `peak` is
+    the most of all samples. A producer ends by itself, so its last sample may miss its last
+    records.
 
     Raises:
         TooShortError: the run did not come half way.
     """
 
-    def at(share: float) -> float:
+    def after(records: float) -> float:
         for sample in samples:
-            if everywhere(sample, RECORDS_OUT) >= share * goal:
+            if everywhere(sample, RECORDS_OUT) >= records:
                 return everywhere(sample, RESIDENT) / 1e6
-        raise TooShortError(f"the run ended before {share:.0%} of its {goal:.0f} records")
+        raise TooShortError(f"the run ended before {records:.0f} records")
 
-    last = everywhere(samples[-1], RESIDENT) / 1e6
-    peak = max(everywhere(sample, RESIDENT) for sample in samples) / 1e6
-    found = {"start": at(0.05), "half": at(0.5), "end": last, "peak": peak}
+    found = {
+        "fresh": after(1),
+        "start": after(warm_up),
+        "half": after(warm_up + counted / 2),
+        "end": everywhere(samples[-1], RESIDENT) / 1e6,
+        "peak": max(everywhere(sample, RESIDENT) for sample in samples) / 1e6,
+    }
     return {name: significant(value) for name, value in found.items()}
 
 
-def ratios(found: Mapping[str, Any]) -> dict[str, float]:
-    """Return the ratios that the measured parts allow, from their medians."""
-    made: dict[str, float] = {}
+def ratios(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the ratios that the measured parts allow, each a summary of its repetitions.
 
-    def put(name: str, make: Callable[[], float]) -> None:
+    Both sides of a repetition are measured one right after the other. A shared machine is faster at
+    one time than at another, for both alike, so their ratio differs less than the ratio of two
+    medians does.
+    """
+    made: dict[str, dict[str, Any]] = {}
+
+    def put(name: str, ours: Callable[[], Any], theirs: Callable[[], Any]) -> None:
         try:
-            made[name] = significant(make(), 3)
+            pairs = zip(ours()["repetitions"], theirs()["repetitions"], strict=True)
+            made[name] = summary(significant(one / other, 3) for one, other in pairs)
         except KeyError:
             return  # A part that this needs was not measured.
 
@@ -185,37 +196,39 @@ def ratios(found: Mapping[str, Any]) -> dict[str, float]:
         by_batch: Mapping[str, Any] = found["ceiling"][engine]["images_per_second"]
         return by_batch
 
-    def drain(role: str) -> float:
-        engine = found["engines"][role]
-        return float(found["inference"][engine]["images_per_second"]["median"])
+    def best(role: str) -> Any:
+        return max(ceiling(role).values(), key=lambda entry: float(entry["median"]))
 
-    def best(role: str) -> float:
-        return max(float(entry["median"]) for entry in ceiling(role).values())
+    def full_batch(role: str) -> Any:
+        return ceiling(role)[str(found["settings"]["inference"]["IOT_MAX_BATCH_SIZE"])]
 
-    def of_ceiling(role: str) -> float:
-        batch = str(found["settings"]["inference"]["IOT_MAX_BATCH_SIZE"])
-        return drain(role) / float(ceiling(role)[batch]["median"])
+    def drain(role: str) -> Any:
+        return found["inference"][found["engines"][role]]["images_per_second"]
 
-    def compared(part: str, ours: str, theirs: str) -> float:
-        return float(found[part][ours]["median"]) / float(found[part][theirs]["median"])
-
-    put("inference_of_ceiling_torch", lambda: of_ceiling("eager"))
-    put("inference_of_ceiling_default", lambda: of_ceiling("default"))
-    put(
-        "engine_vs_eager_b1",
-        lambda: ceiling("default")["1"]["median"] / ceiling("eager")["1"]["median"],
-    )
-    put("engine_vs_eager_best", lambda: best("default") / best("eager"))
+    put("inference_of_ceiling_torch", lambda: drain("eager"), lambda: full_batch("eager"))
+    put("inference_of_ceiling_default", lambda: drain("default"), lambda: full_batch("default"))
+    put("engine_vs_eager_b1", lambda: ceiling("default")["1"], lambda: ceiling("eager")["1"])
+    put("engine_vs_eager_best", lambda: best("default"), lambda: best("eager"))
     put(
         "storage_of_bulk_docs",
-        lambda: compared("storage", "documents_per_second", "bulk_docs_per_second"),
+        lambda: found["storage"]["documents_per_second"],
+        lambda: found["storage"]["bulk_docs_per_second"],
     )
     put(
         "producer_of_perf_test",
-        lambda: compared("producer", "records_per_second", "perf_test_records_per_second"),
+        lambda: found["producer"]["records_per_second"],
+        lambda: found["producer"]["perf_test_records_per_second"],
     )
     put(
         "inference_vs_baseline",
-        lambda: drain("default") / found["baseline"]["inference_images_per_second"]["median"],
+        lambda: drain("default"),
+        lambda: found["baseline"]["inference_images_per_second"],
     )
     return made
+
+
+def add_ratios(found: dict[str, Any]) -> None:
+    """Put the ratios' medians into `found` as `ratios`, and their spread beside them."""
+    made = ratios(found)
+    found["ratios"] = {name: entry["median"] for name, entry in made.items()}
+    found["ratio_repetitions"] = {name: entry["repetitions"] for name, entry in made.items()}

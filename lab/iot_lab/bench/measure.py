@@ -99,7 +99,7 @@ class Measurement:
             place[path[-1]] = figures.summary(values)
         if self._latencies:
             self._put_latencies(found)
-        found["ratios"] = figures.ratios(found)
+        figures.add_ratios(found)
         return found
 
     def cancel(self) -> None:
@@ -197,7 +197,7 @@ class Measurement:
 
     def _memory_steps(self) -> list[Step]:
         images = self._options.memory_images
-        return [Step(f"memory over {images:,} images", 20 + images / 600, self._memory)]
+        return [Step(f"memory over {images:,} images", 20 + images / 500, self._memory)]
 
     def _settings(self) -> dict[str, Any]:
         # Those that say how, not those that say where.
@@ -525,13 +525,15 @@ class Measurement:
 
     def _memory(self) -> str:
         """Let many images flow through all three apps and look at their memory meanwhile."""
-        count = self._options.memory_images
+        counted = self._options.memory_images
+        warm_up = counted // 5
+        count = warm_up + counted
         topics = {
             "IOT_IMAGE_TOPIC": self._topic("images"),
             "IOT_PREDICTION_TOPIC": self._topic("predictions"),
         }
         database = self._lab.create_database()
-        goals = {"inference": count, "storage": count * DELIVERED_BY_STORAGE, "producer": count}
+        delivered = {"inference": 1, "storage": DELIVERED_BY_STORAGE, "producer": 1}
         units = {
             "inference": self._lab.unit("inference", topics),
             "storage": self._lab.unit("storage", {**topics, "IOT_COUCHDB_DATABASE": database}),
@@ -544,14 +546,16 @@ class Measurement:
         jobs = {}
         for role, unit in units.items():
             self._start(role, [unit])
-            more = {"seconds": limit, "interval": 0.5 if role == "producer" else 2.0}
-            jobs[role] = self._watch(role, [unit], goals[role], **more)
-        found: dict[str, Any] = {"images": count}
+            more = {"seconds": limit, "interval": 0.25 if role == "producer" else 2.0}
+            jobs[role] = self._watch(role, [unit], count * delivered[role], **more)
+        found: dict[str, Any] = {"images": counted, "warm_up": warm_up}
         for role, job in jobs.items():
             answer = job.result(limit + PATIENCE + 60)
             if role != "producer" and answer["reason"] != "goal":
                 raise LabError(f"{role} did not come to the end within {limit:.0f} s")
-            found[role] = figures.resident_mb(answer["samples"], goals[role])
+            found[role] = figures.resident_mb(
+                answer["samples"], warm_up * delivered[role], counted * delivered[role]
+            )
         self._plain["memory_mb"] = found
         return ", ".join(
             f"{role} {found[role]['start']:.0f} to {found[role]['end']:.0f} MB" for role in units

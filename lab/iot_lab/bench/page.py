@@ -17,6 +17,8 @@ Found = Mapping[str, Any]
 FLAT_MEMORY = 1.10  # end over start
 """From when on memory counts as growing: allocators and caches breathe by a few per cent."""
 
+MEMORY = ("fresh", "start", "half", "end", "peak")
+
 
 @dataclass(frozen=True)
 class Bar:
@@ -35,7 +37,9 @@ def bars(found: Found) -> list[Bar]:
     def at_least(what: str, name: str, bar: float) -> None:
         value = found.get("ratios", {}).get(name)
         if value is not None:
-            made.append(Bar(f"{what} (`{name}`)", f"at least {bar:g}", f"{value:g}", value >= bar))
+            each = found["ratio_repetitions"][name]
+            measured = f"{value:g} ({min(each):g} to {max(each):g})"
+            made.append(Bar(f"{what} (`{name}`)", f"at least {bar:g}", measured, value >= bar))
 
     default = found["engines"]["default"]
     at_least("Inference drain to ceiling, eager torch", "inference_of_ceiling_torch", 0.90)
@@ -141,7 +145,8 @@ def _head(found: Found) -> str:
     repetitions = found["settings"]["bench"]["repetitions"]
     how = f"""Made by `{made["command"]}` on {made["at"][:10]} in {made["minutes"]:g} minutes; the
 figures are in [benchmarks.json](benchmarks.json). Each is the median of {repetitions} repetitions,
-with the least and the greatest in parentheses."""
+with the least and the greatest in parentheses. A ratio is taken in each repetition, whose two sides
+are measured one after the other."""
     where = f"""The machine has {machine["cores"]} cores ({machine["processor"]}) and
 {machine["memory_gb"]:g} GB of memory. **All four hosts share these cores**: broker, database and
 apps take them from each other. On hosts of their own each stage has more. Ratios say more than
@@ -405,13 +410,14 @@ def _memory(found: Found) -> str:
     if not memory:
         return ""
     rows = [
-        [role, *(_number(memory[role][name]) for name in ("start", "half", "end", "peak"))]
+        [role, *(_number(memory[role][name]) for name in MEMORY)]
         for role in ("producer", "inference", "storage")
         if role in memory
     ]
-    header = ["MB resident", "start", "half", "end", "peak"]
-    text = f"""All three apps while {memory["images"]:,} images flow through them. Start is after
-the first 5 % of the images: until then caches and buffers fill."""
+    header = ["MB resident", *MEMORY]
+    text = f"""All three apps while {memory["images"]:,} images flow through them, after
+{memory["warm_up"]:,} others that fill caches and buffers. Fresh is right after the app's start,
+start is after these others."""
     return f"""## Memory
 
 {_prose(text)}
