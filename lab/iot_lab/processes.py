@@ -272,10 +272,20 @@ class Broker(Process):
             self._format()
         return super().start()
 
-    def _format(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def client(self, user: str = "") -> dict[str, Any]:
+        """What kafka-python's clients need to connect as `user`; by default as an administrator."""
+        del user  # everybody may do everything here
+        return {"bootstrap_servers": self.bootstrap_servers}
+
+    def environment(self, user: str) -> dict[str, str]:
+        """The settings with which an app connects as `user`."""
+        del user
+        return {"IOT_BOOTSTRAP_SERVERS": self.bootstrap_servers}
+
+    def _properties(self) -> dict[str, str]:
+        """What server.properties says."""
         controller = f"{LOOPBACK}:{self._controller_port}"
-        properties = {
+        return {
             "process.roles": "broker,controller",
             "node.id": "1",
             "controller.quorum.bootstrap.servers": controller,
@@ -295,19 +305,32 @@ class Broker(Process):
             "broker.session.timeout.ms": "4000",
             "broker.heartbeat.interval.ms": "500",
         }
-        self._settings.write_text(
-            "".join(f"{name}={value}\n" for name, value in properties.items())
-        )
+
+    def _format_arguments(self) -> list[str]:
+        """What Kafka's storage is formatted with, beside its settings."""
         cluster = base64.urlsafe_b64encode(secrets.token_bytes(16)).decode().rstrip("=")
-        storage = [str(self.home / "bin" / "kafka-storage.sh"), "format", "--standalone"]
-        storage += ["--cluster-id", cluster, "--config", str(self._settings)]
+        return ["--standalone", "--cluster-id", cluster]
+
+    def _format(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._settings.touch(mode=0o600)
+        self._settings.write_text(
+            "".join(f"{name}={value}\n" for name, value in self._properties().items())
+        )
+        # From a file, one to a line: everybody on the machine sees a command's own arguments.
+        arguments = self.folder / "format.arguments"
+        arguments.touch(mode=0o600)
+        arguments.write_text(
+            "\n".join(["format", "--config", str(self._settings), *self._format_arguments()])
+        )
         done = subprocess.run(
-            storage,
+            [str(self.home / "bin" / "kafka-storage.sh"), f"@{arguments}"],
             env=_clean_environment() | self._environment,
             capture_output=True,
             text=True,
             check=False,
         )
+        arguments.unlink()
         if done.returncode:
             self._settings.unlink()
             raise ProcessError(f"cannot format Kafka's storage: {done.stdout}{done.stderr}")
@@ -327,7 +350,7 @@ class Broker(Process):
     @contextlib.contextmanager
     def admin(self) -> Iterator[Any]:
         """An admin client, closed afterwards."""
-        client = KafkaAdminClient(bootstrap_servers=self.bootstrap_servers)
+        client = KafkaAdminClient(**self.client())
         try:
             yield client
         finally:
@@ -369,7 +392,7 @@ class Broker(Process):
         Raises:
             KafkaError: the broker does not take it.
         """
-        producer = KafkaProducer(bootstrap_servers=self.bootstrap_servers, acks="all")
+        producer = KafkaProducer(**self.client(), acks="all")
         try:
             return producer.send(topic, value=value, key=key).get(timeout=30)
         finally:
@@ -378,7 +401,7 @@ class Broker(Process):
     @contextlib.contextmanager
     def _consumer(self, topic: str) -> Iterator[Any]:
         consumer = KafkaConsumer(
-            bootstrap_servers=self.bootstrap_servers,
+            **self.client(),
             auto_offset_reset="earliest",
             enable_auto_commit=False,
         )
@@ -649,12 +672,13 @@ class Pipeline:
 
     def produce(self, *flags: str) -> App:
         """The producer, not started; flags are those of `iot-pipeline produce`."""
-        return self._app("produce", self.environment | {"IOT_INTERVAL": "1"}, flags)
+        environment = self._environment_of("iot-producer") | {"IOT_INTERVAL": "1"}
+        return self._app("produce", environment, flags)
 
     def infer(self, *flags: str) -> App:
         """An inference worker, not started. Several share the work."""
         environment = {
-            **self.environment,
+            **self._environment_of("iot-inference"),
             "IOT_GROUP_ID": f"{self.prefix}iot-inference",
             # Waiting threads that spin take the processor from everything else on the machine.
             "OMP_WAIT_POLICY": "PASSIVE",
@@ -664,8 +688,16 @@ class Pipeline:
 
     def store(self, *flags: str) -> App:
         """A storage worker, not started."""
-        environment = {**self.database_environment, "IOT_GROUP_ID": f"{self.prefix}iot-storage"}
+        environment = {
+            **self.database_environment,
+            **self._environment_of("iot-storage"),
+            "IOT_GROUP_ID": f"{self.prefix}iot-storage",
+        }
         return self._app("store", environment, flags)
+
+    def _environment_of(self, user: str) -> dict[str, str]:
+        """The settings that all commands share, for the one that connects as `user`."""
+        return self.environment | self.broker.environment(user)
 
     def _app(self, command: str, environment: Mapping[str, str], flags: Sequence[str]) -> App:
         number = sum(app.name.split("-")[0] == command for app in self._apps) + 1
@@ -688,7 +720,9 @@ class Pipeline:
         """Run a command that ends by itself, such as the audit, and return what it printed."""
         return subprocess.run(
             [str(APPS / "iot-pipeline"), command, *flags],
-            env=_clean_environment() | self.database_environment,
+            env=_clean_environment()
+            | self.database_environment
+            | self._environment_of("iot-audit"),
             capture_output=True,
             text=True,
             timeout=300,

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import filecmp
 import itertools
+import json
+import os
+import re
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import pytest
 
 from iot_lab.paths import ROOT
 from iot_lab.processes import APPS, Broker, Database, Pipeline, wait_for
+from iot_lab.secure_broker import SecureBroker, pipeline_acls
 
 SOURCES = ROOT / "apps" / "src" / "iot_pipeline"
 _prefixes = (f"t{number}-" for number in itertools.count(1))
@@ -52,6 +58,59 @@ def broker(folder: Path) -> Iterator[Broker]:
 
 
 @pytest.fixture(scope="session")
+def secure_broker(folder: Path) -> Iterator[SecureBroker]:
+    """TLS on every listener, users that log in, and nothing allowed without an ACL."""
+    with SecureBroker(folder / "secure") as broker:
+        yield broker
+
+
+class AnsibleModule(Protocol):
+    """Calls a module of the role kafka_resources through `ansible`, as a play calls it."""
+
+    def __call__(
+        self, name: str, parameters: Mapping[str, Any], *, check: bool = False
+    ) -> dict[str, Any]:
+        """The module's result, with `failed`, and all that Ansible said at length as `output`."""
+
+
+@pytest.fixture
+def ansible_module(tmp_path: Path) -> AnsibleModule:
+    ansible = Path(sys.executable).with_name("ansible")
+    role = ROOT / "roles/kafka_resources"
+    variables = tmp_path / "parameters.json"
+    variables.touch(mode=0o600)
+
+    def call(name: str, parameters: Mapping[str, Any], *, check: bool = False) -> dict[str, Any]:
+        # Passwords do not belong where `ps` shows them.
+        variables.write_text(json.dumps({"parameters": parameters}))
+        arguments = {key: f"{{{{ parameters['{key}'] }}}}" for key in parameters}
+        done = subprocess.run(
+            [
+                *(str(ansible), "localhost", "--connection=local", "-vvv", "--diff"),
+                *(f"--module-name={name}", f"--extra-vars=@{variables}"),
+                *(f"--args={json.dumps(arguments)}", *(["--check"] if check else [])),
+            ],
+            env=os.environ
+            | {
+                "ANSIBLE_LIBRARY": str(role / "library"),
+                "ANSIBLE_MODULE_UTILS": str(role / "module_utils"),
+                "ANSIBLE_PYTHON_INTERPRETER": sys.executable,
+                "ANSIBLE_NOCOLOR": "true",
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        output = done.stdout + done.stderr
+        found = re.search(r"^localhost \| [A-Z!]+ => (\{.*)", done.stdout, re.MULTILINE | re.DOTALL)
+        assert found, output
+        result: dict[str, Any] = json.JSONDecoder().raw_decode(found[1])[0]
+        return result | {"failed": done.returncode != 0, "output": output}
+
+    return call
+
+
+@pytest.fixture(scope="session")
 def database(folder: Path) -> Iterator[Database]:
     with Database(folder) as database:
         yield database
@@ -69,6 +128,17 @@ def make_pipeline(folder: Path, broker: Broker, database: Database) -> Callable[
 @pytest.fixture
 def pipeline(make_pipeline: Callable[[], Pipeline]) -> Iterator[Pipeline]:
     with make_pipeline() as pipeline:
+        yield pipeline
+
+
+@pytest.fixture
+def secure_pipeline(
+    folder: Path, secure_broker: SecureBroker, database: Database
+) -> Iterator[Pipeline]:
+    """Each app logs in as itself, and may do what its ACLs grant."""
+    prefix = next(_prefixes)
+    with Pipeline(folder / prefix.rstrip("-"), secure_broker, database, prefix) as pipeline:
+        secure_broker.allow(pipeline_acls(prefix))
         yield pipeline
 
 
