@@ -59,6 +59,10 @@ VARIABLES = (
     "kafka_resources_topics",
     "pipeline_dead_letter_topic",
     "pipeline_image_topic",
+    "pki_certificate_file",
+    "pki_dir",
+    "pki_enabled",
+    "pki_renew_before_days",
     "vm_memory_mb",
 )
 
@@ -131,17 +135,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Runs a test on each host of its module's GROUP.
+    """Runs a test on each host of its module's GROUP, on which its module's VARIABLE is true.
 
     One that takes `unit` runs for each service there, one that takes `app` for each of the apps.
     """
     if not {"host", "node"} & set(metafunc.fixturenames):
         return
     group = getattr(metafunc.module, "GROUP", "all")
+    variable = getattr(metafunc.module, "VARIABLE", None)
     nodes = [
         node
         for node in metafunc.config.stash[NODES].values()
-        if group == "all" or group in node.groups
+        if (group == "all" or group in node.groups)
+        and (variable is None or node.variables.get(variable))
     ]
     for argument, prefix in (("unit", ""), ("app", "iot-")):
         if argument in metafunc.fixturenames:
@@ -150,6 +156,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(f"node, {argument}", pairs, ids=ids)
             return
     metafunc.parametrize("node", nodes, ids=[node.name for node in nodes])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the tests of a module whose VARIABLE is true on no host."""
+    wanted = {
+        item
+        for item in items
+        if (variable := getattr(getattr(item, "module", None), "VARIABLE", None)) is None
+        or any(node.variables.get(variable) for node in config.stash[NODES].values())
+    }
+    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+    items[:] = [item for item in items if item in wanted]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,368 @@
+"""What the module pki_check says of keys and certificates, all of them real."""
+
+import importlib.util
+import ipaddress
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from hypothesis import given
+from hypothesis import strategies as st
+
+PATH = Path(__file__).parents[2] / "roles/pki/library/pki_check.py"
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("pki_check", PATH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up.
+    sys.modules["pki_check"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+pki_check = load()
+
+NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)
+BOTH = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A certificate with its key."""
+
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
+
+    @property
+    def pem(self) -> str:
+        return self.certificate.public_bytes(serialization.Encoding.PEM).decode()
+
+    def key_pem(self, passphrase: str = "") -> str:
+        encryption = (
+            serialization.BestAvailableEncryption(passphrase.encode())
+            if passphrase
+            else serialization.NoEncryption()
+        )
+        return self.key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption
+        ).decode()
+
+
+def make(
+    name: str,
+    issuer: Identity | None = None,
+    *,
+    ca: bool = False,
+    days: float = 100,
+    names: tuple[str, ...] = (),
+    purposes: tuple[x509.ObjectIdentifier, ...] | None = BOTH,
+    since: float = 1,
+) -> Identity:
+    """Make an identity that ends so many days from NOW, signed by itself or by an issuer."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer.certificate.subject if issuer else subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(NOW - timedelta(days=since))
+        .not_valid_after(NOW + timedelta(days=days))
+        .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+    )
+    if names:
+        general: list[x509.GeneralName] = [
+            x509.IPAddress(ipaddress.ip_address(n)) if n[0].isdigit() else x509.DNSName(n)
+            for n in names
+        ]
+        builder = builder.add_extension(x509.SubjectAlternativeName(general), critical=False)
+    if purposes is not None and not ca:
+        builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
+    return Identity(builder.sign(issuer.key if issuer else key, hashes.SHA256()), key)
+
+
+ROOT = make("root", ca=True, days=3650)
+OTHER_ROOT = make("other root", ca=True, days=3650)
+INTERMEDIATE = make("intermediate", ROOT, ca=True, days=2000)
+HOST = make("web", ROOT, names=("web", "192.0.2.1"))
+
+
+def brought(
+    host: str = "web", leaf: Identity = HOST, chain: str = "", **changes: Any
+) -> dict[str, Any]:
+    parameters = {
+        "host": host,
+        "brought": True,
+        "certificate": leaf.pem + chain,
+        "key": leaf.key_pem(),
+        "key_passphrase": None,
+        "ca": ROOT.pem,
+        "trusted_files": [],
+        "current": "",
+        "valid_days": 397,
+        "renew_before_days": 30,
+        "warn_before_days": 30,
+    }
+    return parameters | changes
+
+
+def problem(parameters: dict[str, Any]) -> str:
+    """What is wrong; it must be one thing."""
+    (text,) = pki_check.look(parameters, NOW).problems
+    assert isinstance(text, str)
+    return text
+
+
+def test_a_good_certificate_from_elsewhere_passes() -> None:
+    found = pki_check.look(brought(), NOW)
+    assert (found.problems, found.warnings) == ([], [])
+    assert found.result == {"certificate": HOST.pem, "chain": "", "trusted": ROOT.pem}
+
+
+def test_the_chain_follows_the_certificate_without_the_root() -> None:
+    leaf = make("web", INTERMEDIATE, names=("web",))
+    # In the wrong order and with the root, as one often gets it.
+    found = pki_check.look(brought(leaf=leaf, chain=ROOT.pem + INTERMEDIATE.pem), NOW)
+    assert found.problems == []
+    assert found.result["certificate"] == leaf.pem
+    assert found.result["chain"] == INTERMEDIATE.pem
+
+
+def test_a_chain_with_a_gap_is_refused() -> None:
+    leaf = make("web", INTERMEDIATE, names=("web",))
+    assert "No chain leads from the certificate in pki_certificate_file" in problem(
+        brought(leaf=leaf)
+    )
+
+
+def test_an_intermediate_alone_is_no_authority_to_end_at() -> None:
+    leaf = make("web", INTERMEDIATE, names=("web",))
+    assert "No chain leads" in problem(brought(leaf=leaf, ca=INTERMEDIATE.pem))
+
+
+def test_a_certificate_of_another_authority_is_refused() -> None:
+    assert "No chain leads" in problem(brought(ca=OTHER_ROOT.pem))
+
+
+def test_an_authority_of_the_same_name_is_another_one() -> None:
+    assert "No chain leads" in problem(brought(ca=make("root", ca=True).pem))
+
+
+def test_a_host_certificate_signs_nothing() -> None:
+    middle = make("middle", ROOT)
+    leaf = make("web", middle, names=("web",))
+    assert "No chain leads" in problem(brought(leaf=leaf, chain=middle.pem))
+
+
+def test_the_key_must_be_the_certificates() -> None:
+    assert "is not that of the first certificate" in problem(brought(key=make("web").key_pem()))
+
+
+@pytest.mark.parametrize(
+    "host, names, fits",
+    [
+        ("web", ("web",), True),
+        ("WEB", ("web",), True),
+        ("web", ("other",), False),
+        ("web.example.com", ("*.example.com",), True),
+        ("a.web.example.com", ("*.example.com",), False),
+        ("example.com", ("*.example.com",), False),
+        ("web", ("*.example.com",), False),
+        ("192.0.2.1", ("web", "192.0.2.1"), True),
+        ("192.0.2.2", ("web", "192.0.2.1"), False),
+        ("web", (), False),
+    ],
+)
+def test_the_certificate_must_be_for_the_host(
+    host: str, names: tuple[str, ...], fits: bool
+) -> None:
+    found = pki_check.look(brought(host, make("web", ROOT, names=names)), NOW)
+    assert (found.problems == []) is fits
+    if not fits:
+        assert f"is not for {host}" in found.problems[0]
+
+
+@pytest.mark.parametrize(
+    "purposes, missing",
+    [
+        (BOTH, []),
+        (None, []),
+        ((ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE,), []),
+        (BOTH[:1], ["clients (clientAuth)"]),
+        (BOTH[1:], ["servers (serverAuth)"]),
+    ],
+)
+def test_the_certificate_must_serve_both_sides(
+    purposes: tuple[x509.ObjectIdentifier, ...] | None, missing: list[str]
+) -> None:
+    leaf = make("web", ROOT, names=("web",), purposes=purposes)
+    problems = pki_check.look(brought(leaf=leaf), NOW).problems
+    assert len(problems) == len(missing)
+    assert all(text in found for text, found in zip(missing, problems, strict=True))
+
+
+def test_an_expired_certificate_is_refused() -> None:
+    leaf = make("web", ROOT, names=("web",), days=-0.5)
+    assert "CN=web has expired on 2030-01-01" in problem(brought(leaf=leaf))
+
+
+def test_a_certificate_of_tomorrow_is_refused() -> None:
+    leaf = make("web", ROOT, names=("web",), since=-1)
+    assert "CN=web is valid only from 2030-01-02" in problem(brought(leaf=leaf))
+
+
+def test_an_expired_authority_above_it_is_refused() -> None:
+    root = make("old root", ca=True, days=-0.5)
+    leaf = make("web", root, names=("web",))
+    assert "CN=old root has expired" in problem(brought(leaf=leaf, ca=root.pem))
+
+
+@pytest.mark.parametrize("days, warned", [(29.9, True), (30.1, False)])
+def test_a_certificate_that_ends_soon_is_warned_of(days: float, warned: bool) -> None:
+    found = pki_check.look(brought(leaf=make("web", ROOT, names=("web",), days=days)), NOW)
+    assert found.problems == []
+    assert bool(found.warnings) is warned
+    if warned:
+        assert "expires on 2030-01-31, 29 days from now. Bring a new one" in found.warnings[0]
+
+
+def test_the_key_may_have_a_passphrase() -> None:
+    encrypted = HOST.key_pem("long enough")
+    assert not pki_check.look(brought(key=encrypted, key_passphrase="long enough"), NOW).problems
+    for key, passphrase, says in [
+        (encrypted, None, "is encrypted: set pki_key_passphrase"),
+        (encrypted, "wrong", "cannot be read with the passphrase in pki_key_passphrase"),
+        (HOST.key_pem(), "needless", "has no passphrase, yet pki_key_passphrase is set"),
+        ("no key", None, "no private key that can be read as PEM"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            pki_check.look(brought(key=key, key_passphrase=passphrase), NOW)
+
+
+def test_what_is_no_pem_is_named() -> None:
+    with pytest.raises(ValueError, match="pki_ca_file holds no certificate"):
+        pki_check.look(brought(ca="nothing"), NOW)
+
+
+def test_other_authorities_are_trusted_too_each_once(tmp_path: Path) -> None:
+    extra = tmp_path / "next.pem"
+    extra.write_text(OTHER_ROOT.pem + ROOT.pem)
+    found = pki_check.look(brought(trusted_files=[str(extra)]), NOW)
+    assert found.result["trusted"] == ROOT.pem + OTHER_ROOT.pem
+
+
+@dataclass
+class Authority:
+    """An authority's files, and the parameters that name them."""
+
+    folder: Path
+
+    def parameters(
+        self, identity: Identity = ROOT, above: str = "", **changes: Any
+    ) -> dict[str, Any]:
+        certificate, key = self.folder / "ca.pem", self.folder / "ca.key"
+        certificate.write_text(identity.pem + above)
+        key.write_text(identity.key_pem())
+        key.chmod(0o600)
+        parameters = brought(
+            brought=False,
+            certificate=None,
+            key=None,
+            ca=None,
+            authority_certificate_file=str(certificate),
+            authority_key_file=str(key),
+            authority_key_passphrase=None,
+        )
+        return parameters | changes
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path)
+
+
+def test_a_good_authority_passes(authority: Authority) -> None:
+    found = pki_check.look(authority.parameters(), NOW)
+    assert (found.problems, found.warnings) == ([], [])
+    assert found.result == {
+        "trusted": ROOT.pem,
+        "chain": "",
+        "not_after": "20310202120000Z",
+        "renew": True,
+    }
+
+
+def test_an_intermediate_authority_is_part_of_the_chain(authority: Authority) -> None:
+    found = pki_check.look(authority.parameters(INTERMEDIATE, ROOT.pem), NOW)
+    assert found.problems == []
+    assert (found.result["chain"], found.result["trusted"]) == (INTERMEDIATE.pem, ROOT.pem)
+
+
+def test_an_intermediate_authority_needs_its_root(authority: Authority) -> None:
+    assert "Append those that it was signed with" in problem(authority.parameters(INTERMEDIATE))
+
+
+def test_a_host_is_no_authority(authority: Authority) -> None:
+    assert "may not sign others" in problem(authority.parameters(HOST, ROOT.pem))
+
+
+def test_the_authoritys_key_must_be_its_own(authority: Authority) -> None:
+    parameters = authority.parameters()
+    key = Path(parameters["authority_key_file"])
+    key.write_text(OTHER_ROOT.key_pem())
+    assert "pki_authority_key_file is not that of" in problem(parameters)
+
+
+def test_the_authoritys_key_must_be_private(authority: Authority) -> None:
+    parameters = authority.parameters()
+    Path(parameters["authority_key_file"]).chmod(0o640)
+    assert "chmod 600" in problem(parameters)
+
+
+def test_an_expired_authority_is_refused(authority: Authority) -> None:
+    assert "has expired" in problem(authority.parameters(make("old", ca=True, days=-0.5)))
+
+
+def test_an_authority_that_ends_soon_is_warned_of_and_outlived_by_nothing(
+    authority: Authority,
+) -> None:
+    ending = make("ending", ca=True, days=20)
+    found = pki_check.look(authority.parameters(ending), NOW)
+    assert found.problems == []
+    assert "expires on 2030-01-21" in found.warnings[0]
+    assert found.result["not_after"] == "20300121120000Z"
+    # What it signed last ends with it: to sign again would gain nothing, on every run.
+    last = make("web", ending, days=20)
+    again = pki_check.look(authority.parameters(ending, current=last.pem), NOW)
+    assert again.result["renew"] is False
+    earlier = make("web", ending, days=10)
+    assert pki_check.look(authority.parameters(ending, current=earlier.pem), NOW).result["renew"]
+
+
+@given(days=st.integers(-400, 400), renew=st.integers(0, 396))
+def test_a_certificate_is_due_when_fewer_days_are_left(days: int, renew: int) -> None:
+    current = CURRENT.pem
+    end = CURRENT.certificate.not_valid_after_utc
+    now = end - timedelta(days=days)
+    due = pki_check.is_due(current, timedelta(days=renew), now + timedelta(days=397), now)
+    assert due is (days < renew and days < 397)
+
+
+CURRENT = make("web", ROOT)
+
+
+def test_what_cannot_be_read_is_due() -> None:
+    for current in ("", "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"):
+        assert pki_check.is_due(current, timedelta(days=1), NOW + timedelta(days=2), NOW)
