@@ -1,26 +1,22 @@
 """The module kafka_topics against a real broker, called by Ansible as a play calls it."""
 
-import json
-import os
-import subprocess
-import sys
 import uuid
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from iot_lab.processes import Broker
-
-ROOT = Path(__file__).parents[2]
-ANSIBLE = Path(sys.executable).with_name("ansible")
+from iot_lab.secure_broker import SecureBroker
 
 
 class Module:
-    """Calls the module through `ansible` on this machine."""
+    """Calls the module."""
 
-    def __init__(self, servers: str) -> None:
+    def __init__(self, call: Callable[..., dict[str, Any]], servers: str) -> None:
+        self.call = call
         self.servers = servers
+        self.timeout = 10
 
     def __call__(
         self, topics: list[dict[str, Any]], *, check: bool = False, grow: bool = False
@@ -29,28 +25,14 @@ class Module:
             "bootstrap_servers": self.servers,
             "topics": topics,
             "grow_partitions": grow,
-            "timeout": 10,
+            "timeout": self.timeout,
         }
-        command = [str(ANSIBLE), "localhost", "--connection=local", "--module-name=kafka_topics"]
-        command.append(f"--args={json.dumps(parameters)}")
-        done = subprocess.run(
-            [*command, "--check"] if check else command,
-            env=os.environ
-            | {
-                "ANSIBLE_LIBRARY": str(ROOT / "roles/kafka_resources/library"),
-                "ANSIBLE_PYTHON_INTERPRETER": sys.executable,
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        result: dict[str, Any] = json.loads(done.stdout.partition("=> ")[2])
-        return result | {"failed": done.returncode != 0}
+        return self.call("kafka_topics", parameters, check=check)
 
 
 @pytest.fixture
-def module(broker: Broker) -> Module:
-    return Module(broker.bootstrap_servers)
+def module(broker: Broker, ansible_module: Callable[..., dict[str, Any]]) -> Module:
+    return Module(ansible_module, broker.bootstrap_servers)
 
 
 @pytest.fixture
@@ -88,7 +70,22 @@ def test_one_mistake_and_nothing_is_changed(module: Module, name: str) -> None:
 
 
 def test_no_broker_is_told(module: Module, name: str) -> None:
-    module.servers = "localhost:1"
+    module.servers, module.timeout = "localhost:1", 1
     refused = module([{"name": name, "partitions": 1}])
     assert refused["failed"]
-    assert "localhost:1" in refused["msg"]
+    assert "localhost:1: Connection refused" in refused["msg"]
+
+
+@pytest.mark.parametrize("how", ["SCRAM-SHA-512", "PLAIN", "certificate"])
+def test_topics_of_a_secure_cluster(
+    how: str, secure_broker: SecureBroker, ansible_module: Callable[..., dict[str, Any]], name: str
+) -> None:
+    if how == "certificate":
+        servers, client = secure_broker.mutual_servers, secure_broker.mutual_settings()
+    else:
+        servers, client = secure_broker.bootstrap_servers, secure_broker.settings(mechanism=how)
+    topics = [{"name": name, "partitions": 1}]
+    parameters = {"bootstrap_servers": servers, "client": client, "topics": topics}
+    made = ansible_module("kafka_topics", parameters)
+    assert made.get("created") == [name], made["msg"]
+    assert secure_broker.passwords["kafka"] not in made["output"]

@@ -6,15 +6,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import ansible.module_utils
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-PATH = Path(__file__).parents[2] / "roles/kafka_resources/library/kafka_topics.py"
+ROLE = Path(__file__).parents[2] / "roles/kafka_resources"
 
 
 def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kafka_topics", PATH)
+    # Where Ansible puts what a role's modules share.
+    ansible.module_utils.__path__.append(str(ROLE / "module_utils"))
+    spec = importlib.util.spec_from_file_location("kafka_topics", ROLE / "library/kafka_topics.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ansible.module_utils.basic import AnsibleModule, missing_required_lib
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.kafka_access import open_access, serve
 
 DOCUMENTATION = """
 module: kafka_topics
@@ -23,6 +24,13 @@ options:
     description: Brokers to ask first, as C(host:port), separated by commas.
     type: str
     required: true
+  client:
+    description: How to connect. C(security_protocol) is C(PLAINTEXT), C(SSL) or C(SASL_SSL);
+      C(sasl_mechanism) is C(SCRAM-SHA-512) or C(PLAIN), with C(username) and C(password);
+      C(ca_file) names the authorities that are trusted, else it is those of the system;
+      C(certificate_file) and C(key_file) show who we are to brokers that ask for a certificate.
+    type: dict
+    default: {}
   topics:
     description: The topics.
     type: list
@@ -282,28 +290,19 @@ def declared_topics(parameter: list[dict[str, Any]]) -> list[Topic]:
     return topics
 
 
-def run(module: AnsibleModule, connect: Callable[..., Any]) -> dict[str, Any]:
+def run(module: AnsibleModule) -> dict[str, Any]:
     """Do the module's work and return its result. Raises ValueError and KafkaError."""
     parameters = module.params
     declared = declared_topics(parameters["topics"])
-    milliseconds = parameters["timeout"] * 1000
-    admin = connect(
-        bootstrap_servers=parameters["bootstrap_servers"].split(","),
-        client_id="ansible-kafka-topics",
-        request_timeout_ms=milliseconds,
-        bootstrap_timeout_ms=milliseconds,
-    )
-    try:
-        existing = read_topics(admin, {topic.name for topic in declared})
+    with open_access(parameters, "kafka-topics") as access:
+        existing = read_topics(access.admin, {topic.name for topic in declared})
         plan = make_plan(declared, existing, grow_partitions=parameters["grow_partitions"])
         if plan.problems:
             raise ValueError(" ".join(plan.problems))
         # The brokers know what is valid: one mistake, and nothing is changed.
-        carry_out(admin, plan, validate_only=True)
+        carry_out(access.admin, plan, validate_only=True)
         if not module.check_mode:
-            carry_out(admin, plan, validate_only=False)
-    finally:
-        admin.close()
+            carry_out(access.admin, plan, validate_only=False)
     return {
         "changed": not plan.is_empty(),
         "created": [topic.name for topic in plan.create],
@@ -315,9 +314,9 @@ def run(module: AnsibleModule, connect: Callable[..., Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Run as an Ansible module."""
-    module = AnsibleModule(
-        argument_spec={
-            "bootstrap_servers": {"type": "str", "required": True},
+    serve(
+        "Topics",
+        {
             "topics": {
                 "type": "list",
                 "elements": "dict",
@@ -330,21 +329,9 @@ def main() -> None:
                 },
             },
             "grow_partitions": {"type": "bool", "default": False},
-            "timeout": {"type": "int", "default": 30},
         },
-        supports_check_mode=True,
+        run,
     )
-    try:
-        from kafka.admin import KafkaAdminClient
-        from kafka.errors import KafkaError
-    except ImportError as error:
-        module.fail_json(msg=missing_required_lib("kafka-python"), exception=str(error))
-    try:
-        result = run(module, KafkaAdminClient)
-    except (ValueError, KafkaError) as error:
-        servers = module.params["bootstrap_servers"]
-        module.fail_json(msg=f"Topics were not reconciled through {servers}: {error}")
-    module.exit_json(**result)
 
 
 if __name__ == "__main__":
