@@ -20,7 +20,7 @@ def names(node: Any) -> set[str]:
     known = node.variables
     if known.get("pki_certificate_file"):
         return {node.name}
-    return {node.name, known["ansible_host"], "localhost", "127.0.0.1"}
+    return {node.name, known.get("ansible_host", node.name), "localhost", "127.0.0.1"}
 
 
 def test_files_have_their_owners_and_modes(host: Host, folder: str) -> None:
