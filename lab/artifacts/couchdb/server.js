@@ -7,8 +7,11 @@
 
 const crypto = require('node:crypto');
 const fs = require('node:fs');
+const http = require('node:http');
+const https = require('node:https');
 const path = require('node:path');
 const { promisify } = require('node:util');
+const vm = require('node:vm');
 const express = require('express');
 const expressPouchDB = require('express-pouchdb');
 const PouchDB = require('pouchdb');
@@ -24,6 +27,10 @@ Set by the environment:
   COUCHDB_PORT                 port to listen on (5984)
   COUCHDB_MAX_DOCUMENT_SIZE    largest document in bytes (8000000)
   COUCHDB_LOG_LEVEL            error, or info for a line a request (error)
+  COUCHDB_TLS_CERTIFICATE_FILE certificate and its chain; with it and its key, only https is spoken
+  COUCHDB_TLS_KEY_FILE         the certificate's key
+
+Certificate and key are read again when they change, and on SIGHUP.
 `;
 
 const DATABASE_NAME = /^[a-z][a-z0-9_$()+-]*$/;
@@ -33,6 +40,7 @@ const SECURITY_ID = '_local/_security';
 const ADMINS_ONLY = { admins: { names: [], roles: ['_admin'] }, members: { names: [], roles: ['_admin'] } };
 const ITERATIONS = 50000;
 const MAX_REQUEST_SIZE = 64 * 1024 * 1024;
+const CERTIFICATE_CHECK_INTERVAL = 5000; // milliseconds
 
 const pbkdf2 = promisify(crypto.pbkdf2);
 
@@ -75,7 +83,15 @@ function readSettings(env) {
     port: number('COUCHDB_PORT', 5984),
     maxDocumentSize: number('COUCHDB_MAX_DOCUMENT_SIZE', 8000000),
     logLevel: env.COUCHDB_LOG_LEVEL || 'error',
+    tls: readTlsSettings(env),
   };
+}
+
+function readTlsSettings(env) {
+  const certificate = env.COUCHDB_TLS_CERTIFICATE_FILE;
+  const key = env.COUCHDB_TLS_KEY_FILE;
+  if (Boolean(certificate) !== Boolean(key)) fail('set both COUCHDB_TLS_CERTIFICATE_FILE and COUCHDB_TLS_KEY_FILE.');
+  return certificate ? { certificate, key } : undefined;
 }
 
 // The databases by name, opened once each. Asks before it opens: opening makes a database.
@@ -117,6 +133,69 @@ class Databases {
     const database = await this.open(name);
     await database.put({ _id: SECURITY_ID, _rev: previous && previous._rev, security });
   }
+}
+
+// The validation functions of design documents, which every document that is written has to pass.
+class Validation {
+  constructor(databases) {
+    this.databases = databases;
+    this.functions = new Map();
+  }
+
+  forget(name) {
+    this.functions.delete(name);
+  }
+
+  load(name) {
+    if (!this.functions.has(name)) {
+      // As a promise: requests that come meanwhile wait for the same one.
+      const loading = this.compile(name);
+      loading.catch(() => this.forget(name));
+      this.functions.set(name, loading);
+    }
+    return this.functions.get(name);
+  }
+
+  async compile(name) {
+    const database = await this.databases.open(name);
+    const { rows } = await database.allDocs({ startkey: '_design/', endkey: '_design0', include_docs: true });
+    return rows.filter(({ doc }) => doc.validate_doc_update !== undefined).map(({ doc }) => {
+      const source = String(doc.validate_doc_update).replace(/;\s*$/, '');
+      return { call: vm.runInNewContext(`(${source})`), readsOld: readsSecondParameter(source) };
+    });
+  }
+
+  // For each document why it is refused, or undefined.
+  async refusals(name, documents, user) {
+    const functions = await this.load(name);
+    if (functions.length === 0) return documents.map(() => undefined);
+    const context = { db: name, name: user.name, roles: user.roles };
+    const security = await this.databases.security(name);
+    const readsOld = functions.some((each) => each.readsOld);
+    return Promise.all(documents.map(async (document) => {
+      const id = String((document || {})._id || '');
+      if (id.startsWith('_design/') || id.startsWith('_local/')) return undefined;
+      const old = (readsOld && id && await this.databases.read(name, id)) || null;
+      try {
+        for (const { call } of functions) call(document, old, context, security);
+        return undefined;
+      } catch (error) {
+        const { forbidden, unauthorized: stranger } = error || {};
+        if (forbidden !== undefined) return new Refusal(403, 'forbidden', String(forbidden));
+        if (stranger !== undefined) return unauthorized(String(stranger));
+        return new Refusal(500, 'compilation_error', String(error));
+      }
+    }));
+  }
+}
+
+// Whether a function may look at the stored document. Reading it for each one that is written takes
+// longer than everything else here, and few functions ask for it.
+function readsSecondParameter(source) {
+  const [, parameters = ''] = /\(([^)]*)\)/.exec(source) || [];
+  const [, second] = parameters.split(',').map((parameter) => parameter.trim());
+  const words = source.match(/[\w$]+/g) || [];
+  return /\b(arguments|eval)\b/.test(source) || words.filter((word) => word === second).length > 1;
 }
 
 // Who a request comes from: the admin of the settings, or a document of _users.
@@ -200,6 +279,19 @@ function needsDatabaseAdmin(method, action = '') {
   return ['_security', '_index', '_compact', '_view_cleanup', '_design', '_temp_view'].includes(kind);
 }
 
+const isWrite = (request) => ['DELETE', 'POST', 'PUT'].includes(request.method);
+
+// The documents that a request writes, each with the id that express-pouchdb will give it.
+function writtenDocuments(request) {
+  const { body, method, query } = request;
+  const id = request.segments.slice(1).join('/');
+  if (!isWrite(request) || (id === '' && method !== 'POST')) return [];
+  if (id === '_bulk_docs') return Array.isArray(body.docs) ? body.docs : [];
+  if (method === 'DELETE') return [{ _id: id, _rev: query.rev, _deleted: true }];
+  if (method === 'POST' && id.startsWith('_')) return [];
+  return [{ ...body, _id: (body || {})._id || query.id || id }];
+}
+
 function splitPath(pathname) {
   try {
     return pathname.replace(/^\/|\/$/g, '').split('/').map(decodeURIComponent);
@@ -240,6 +332,7 @@ async function authorize(databases, user, request) {
 
 function buildGate(settings, databases) {
   const accounts = new Accounts(settings, databases);
+  const validation = new Validation(databases);
   const gate = express.Router({ caseSensitive: true });
   const handled = (handler) => (request, response, next) =>
     Promise.resolve(handler(request, response, next)).catch(next);
@@ -303,13 +396,23 @@ function buildGate(settings, databases) {
     response.json({ ok: true });
   }));
 
+  // Only those who may write design documents change what validates the others.
+  gate.use((request, response, next) => {
+    if (request.mayDesign) response.on('finish', () => validation.forget(request.segments[0]));
+    next();
+  });
+
   // The rest is express-pouchdb's, which takes a body that is parsed already as it is. Attachments
   // are no JSON, whatever their type says.
-  gate.use((request, response, next) => {
-    const [, action = '', attachment] = request.segments;
-    if (attachment !== undefined && !action.startsWith('_')) return next('router');
-    json(request, response, next);
-  });
+  gate.use(handled(async (request, response, next) => {
+    const [database, action = '', attachment] = request.segments;
+    if (attachment === undefined || action.startsWith('_')) return json(request, response, next);
+    if (isWrite(request)) {
+      const [refusal] = await validation.refusals(database, [{ _id: action }], request.user);
+      if (refusal) throw refusal;
+    }
+    return next('router');
+  }));
   gate.use(handled(async (request, response, next) => {
     const [database, action] = request.segments;
     const { body } = request;
@@ -328,6 +431,22 @@ function buildGate(settings, databases) {
       else request.body = await hashPassword(body);
     }
     next();
+  }));
+  gate.use(handled(async (request, response, next) => {
+    const [database, action] = request.segments;
+    const documents = writtenDocuments(request);
+    const refusals = documents.length > 0 ? await validation.refusals(database, documents, request.user) : [];
+    if (!refusals.some(Boolean)) return next();
+    if (action !== '_bulk_docs') throw refusals[0];
+    const options = 'new_edits' in request.body ? { new_edits: request.body.new_edits } : {};
+    const allowed = documents.filter((_, index) => !refusals[index]);
+    const stored = await (await databases.open(database)).bulkDocs(allowed, options);
+    return response.status(201).json(documents.map((document, index) => {
+      const failure = refusals[index] || {};
+      if (failure.error) return { id: (document || {})._id, error: failure.error, reason: failure.message };
+      const result = stored.shift();
+      return result && result.error ? { id: result.id, error: result.name, reason: result.message } : result;
+    }).filter(Boolean));
   }));
   return gate;
 }
@@ -354,6 +473,33 @@ function buildServer(settings, databases) {
   return app;
 }
 
+// A server that takes up a new certificate without losing a connection.
+function serveTls({ certificate, key }, app) {
+  const read = () => ({
+    cert: fs.readFileSync(certificate), key: fs.readFileSync(key), minVersion: 'TLSv1.2',
+  });
+  let server;
+  try {
+    server = https.createServer(read(), app);
+  } catch (error) {
+    fail(`cannot use ${certificate} with ${key}: ${error.message}`);
+  }
+  const renew = () => {
+    try {
+      server.setSecureContext(read());
+      console.log(`read ${certificate} and ${key} again`);
+    } catch (error) {
+      // Half of a pair that is being replaced; the other half will bring us here again.
+      console.error(`keep the certificate before: ${error.message}`);
+    }
+  };
+  for (const file of [certificate, key]) {
+    fs.watchFile(file, { interval: CERTIFICATE_CHECK_INTERVAL, persistent: false }, renew);
+  }
+  process.on('SIGHUP', renew);
+  return server;
+}
+
 function main() {
   if (process.argv.length > 2) {
     process.stdout.write(HELP);
@@ -367,12 +513,14 @@ function main() {
     process.on(event, (error) => console.error(`${event}: ${(error && error.stack) || error}`));
   }
 
-  const server = buildServer(settings, databases).listen(settings.port, settings.bindAddress);
+  const app = buildServer(settings, databases);
+  const server = settings.tls ? serveTls(settings.tls, app) : http.createServer(app);
+  server.listen(settings.port, settings.bindAddress);
   server.on('error', (error) => {
     fail(`cannot listen on ${settings.bindAddress}:${settings.port}: ${error.message}`);
   });
   server.on('listening', () => {
-    console.log(`CouchDB stand-in ${version} listens on http://${settings.bindAddress}:${server.address().port}`);
+    console.log(`CouchDB stand-in ${version} listens on ${settings.tls ? 'https' : 'http'}://${settings.bindAddress}:${server.address().port}`);
   });
   for (const signal of ['SIGTERM', 'SIGINT']) {
     process.on(signal, () => {
