@@ -44,6 +44,13 @@ def test_cannot_gain_privileges(host: Host, unit: str) -> None:
     assert int(effective[1], 16) == 0
 
 
+def test_may_do_little(host: Host, unit: str) -> None:
+    """From 0, nothing, to 10, everything."""
+    most = 20 if unit.startswith("iot-") else 40
+    found = host.run("systemd-analyze security --no-pager --threshold=%s %s", str(most), unit)
+    assert found.rc == 0, found.stdout
+
+
 def test_app_reports_to_systemd(host: Host, app: str) -> None:
     found = properties(host, app)
     assert found["Type"] == "notify"

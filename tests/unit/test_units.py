@@ -1,0 +1,94 @@
+"""The units that the roles write let their services do little: `systemd-analyze security` says how
+little, from 0 for nothing to 10 for everything."""
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+import yaml
+from ansible.plugins.filter.core import FilterModule
+
+ROLES = Path(__file__).parents[2] / "roles"
+
+# The unit of the official CouchDB package, which the role adds to.
+PACKAGE_UNIT = """\
+[Service]
+RuntimeDirectory=couchdb
+User=couchdb
+Group=couchdb
+ExecStart=/opt/couchdb/bin/couchdb
+Restart=always
+"""
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="this machine has no systemd-analyze"
+)
+
+
+class Whatever(jinja2.ChainableUndefined):
+    """A variable that matters to nothing here."""
+
+    def __str__(self) -> str:
+        return "x"
+
+    def __add__(self, other: Any) -> Any:
+        return other
+
+    __radd__ = __add__
+
+
+def rendered(role: str, template: str, **variables: Any) -> str:
+    """A role's template, with the role's defaults as they stand: expressions remain unevaluated."""
+    values: dict[str, Any] = {"ansible_facts": {"systemd": {"version": 252}}}
+    for part in ("defaults", "vars"):
+        values |= yaml.safe_load((ROLES / role / part / "main.yml").read_text())
+    environment = jinja2.Environment(  # noqa: S701 a unit is no HTML
+        loader=jinja2.FileSystemLoader(ROLES / role / "templates"),
+        undefined=Whatever,
+        trim_blocks=True,
+    )
+    environment.filters |= FilterModule().filters()
+    return environment.get_template(template).render(values | variables)
+
+
+def analysis(unit: str, folder: Path, most: float) -> subprocess.CompletedProcess[str]:
+    """What systemd says of a unit; it exits with 1 where the exposure is more than `most`."""
+    path = folder / "tested.service"
+    path.write_text(unit)
+    return subprocess.run(
+        [
+            *("systemd-analyze", "security", "--offline=true", "--no-pager"),
+            *(f"--threshold={round(most * 10)}", str(path)),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    "most, role, template, variables",
+    [
+        (2.0, "pipeline_app", "service.j2", {}),
+        (2.0, "pipeline_app", "service.j2", {"pipeline_app_writable_code": True}),
+        (4.0, "kafka_broker", "kafka.service.j2", {}),
+        (4.0, "couchdb", "couchdb.service.j2", {}),
+        (4.0, "couchdb", "couchdb.service.j2", {"couchdb_tls": True}),
+        (4.0, "firewall", "iot-firewall.service.j2", {}),
+    ],
+)
+def test_services_are_confined(
+    tmp_path: Path, most: float, role: str, template: str, variables: dict[str, Any]
+) -> None:
+    unit = rendered(role, template, **variables)
+    if template.endswith(".conf.j2"):
+        unit = PACKAGE_UNIT + unit
+    found = analysis(unit, tmp_path, most)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_a_service_that_is_not_confined_is_told(tmp_path: Path) -> None:
+    assert analysis(PACKAGE_UNIT, tmp_path, 4.0).returncode == 1
