@@ -21,6 +21,9 @@ from kafka.errors import AuthorizationError, KafkaError
 from iot_lab.processes import Broker
 from iot_lab.secure_broker import USERS, SecureBroker, pipeline_acls
 
+# Each call of Ansible takes seconds, on a busy machine many.
+pytestmark = pytest.mark.timeout(300)
+
 
 class Module:
     """Calls the module as the brokers' administrator."""
@@ -218,6 +221,8 @@ class As:
         raise TimeoutError("neither records nor a refusal")
 
 
+# kafka-python drops the socket of a connection that it gives up while it is being made.
+@pytest.mark.filterwarnings("ignore:unclosed <ssl.SSLSocket:ResourceWarning")
 def test_each_app_may_do_its_work_and_nothing_else(
     module: Module, secure_broker: SecureBroker
 ) -> None:

@@ -15,6 +15,9 @@ from iot_lab.paths import ROOT
 from iot_lab.processes import Broker
 from iot_lab.secure_broker import ADMIN, DAY, Authority, SecureBroker
 
+# Each call of Ansible takes seconds, on a busy machine many.
+pytestmark = pytest.mark.timeout(300)
+
 
 class Module:
     """Calls the module as the brokers' administrator."""
