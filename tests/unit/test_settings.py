@@ -170,7 +170,8 @@ def test_flags_reach_the_settings() -> None:
 def test_no_setting_holds_a_secret() -> None:
     for command in COMMANDS:
         names = set(describe(load(command.settings, environment={})))
-        assert not {name for name in names if "password" in name} - {"couchdb_password_file"}
+        secret = {name for name in names if "password" in name}
+        assert secret <= {"couchdb_password_file", "sasl_password_file"}
 
 
 @pytest.mark.parametrize(
@@ -188,6 +189,83 @@ def test_what_reaches_the_database_is_checked_before_it_is_logged(
     with pytest.raises(ConfigError, match=words) as caught:
         load(StoreSettings, environment=environment)
     assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.0.1.1", "[::1]"])
+def test_this_host_s_own_database_may_be_asked_in_the_clear(host: str) -> None:
+    environment = {"IOT_COUCHDB_USER": "iot", "IOT_COUCHDB_PASSWORD_FILE": "/p"}
+    load(StoreSettings, environment=environment | {"IOT_COUCHDB_URL": f"http://{host}:5984"})
+
+
+@pytest.mark.parametrize("host", ["db", "192.168.56.14", "[fe80::1]", "localhost.example.org"])
+def test_no_password_travels_to_another_host_in_the_clear(host: str) -> None:
+    environment = {"IOT_COUCHDB_USER": "iot", "IOT_COUCHDB_PASSWORD_FILE": "/p"}
+    with pytest.raises(ConfigError, match=r"unencrypted.*https://.*IOT_COUCHDB_CA_FILE"):
+        load(StoreSettings, environment=environment | {"IOT_COUCHDB_URL": f"http://{host}:5984"})
+    load(StoreSettings, environment=environment | {"IOT_COUCHDB_URL": f"https://{host}:6984"})
+    load(StoreSettings, environment={"IOT_COUCHDB_URL": f"http://{host}:5984"})
+
+
+@pytest.fixture
+def secure(tmp_path: Path) -> dict[str, str]:
+    """All that secures a connection to Kafka, in files that are there."""
+    for name in ("password", "ca.pem", "host.pem", "host.key"):
+        (tmp_path / name).write_text("x")
+    return {
+        "IOT_SECURITY_PROTOCOL": "SASL_SSL",
+        "IOT_SASL_USERNAME": "iot-storage",
+        "IOT_SASL_PASSWORD_FILE": str(tmp_path / "password"),
+        "IOT_TLS_CA_FILE": str(tmp_path / "ca.pem"),
+        "IOT_TLS_CERTIFICATE_FILE": str(tmp_path / "host.pem"),
+        "IOT_TLS_KEY_FILE": str(tmp_path / "host.key"),
+    }
+
+
+USER = ("IOT_SASL_USERNAME", "IOT_SASL_PASSWORD_FILE")
+CERTIFICATE = ("IOT_TLS_CERTIFICATE_FILE", "IOT_TLS_KEY_FILE")
+
+
+def test_how_kafka_is_reached(secure: dict[str, str]) -> None:
+    plain = load(AuditSettings, environment={})
+    assert (plain.uses_tls, plain.uses_sasl) == (False, False)
+    both = load(AuditSettings, environment=secure)
+    assert (both.uses_tls, both.uses_sasl) == (True, True)
+    assert both.sasl_mechanism == "SCRAM-SHA-512"
+    assert both.principal == "user 'iot-storage'"
+    mutual = {name: value for name, value in secure.items() if name not in USER}
+    loaded = load(AuditSettings, environment=mutual | {"IOT_SECURITY_PROTOCOL": "SSL"})
+    assert (loaded.uses_tls, loaded.uses_sasl) == (True, False)
+    assert "host.pem" in loaded.principal
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"IOT_SECURITY_PROTOCOL": "SASL_PLAINTEXT"}, "SASL_PLAINTEXT is refused.*set SASL_SSL"),
+        ({"IOT_SECURITY_PROTOCOL": "TLS"}, "IOT_SECURITY_PROTOCOL must be one of PLAINTEXT, SSL"),
+        ({"IOT_SECURITY_PROTOCOL": " "}, "IOT_SECURITY_PROTOCOL must not be empty"),
+        ({"IOT_SECURITY_PROTOCOL": "SSL"}, "IOT_SASL_USERNAME has no effect .* set SASL_SSL"),
+        (
+            {"IOT_SECURITY_PROTOCOL": "PLAINTEXT"} | dict.fromkeys(USER, ""),
+            "IOT_TLS_CA_FILE has no effect .* set SSL or SASL_SSL",
+        ),
+        ({"IOT_SASL_MECHANISM": "GSSAPI"}, "IOT_SASL_MECHANISM must be one of SCRAM-SHA-512, PLAI"),
+        ({"IOT_SASL_USERNAME": ""}, "SASL_SSL needs IOT_SASL_USERNAME"),
+        ({"IOT_SASL_PASSWORD_FILE": ""}, "SASL_SSL needs IOT_SASL_PASSWORD_FILE"),
+        ({"IOT_TLS_KEY_FILE": ""}, "IOT_TLS_CERTIFICATE_FILE needs IOT_TLS_KEY_FILE"),
+        ({"IOT_TLS_CERTIFICATE_FILE": ""}, "IOT_TLS_KEY_FILE needs IOT_TLS_CERTIFICATE_FILE"),
+        *(
+            ({name: "/nowhere/file"}, f"{name}: .*No such file")
+            for name in (USER[1], "IOT_TLS_CA_FILE", *CERTIFICATE)
+        ),
+        ({"IOT_COUCHDB_CA_FILE": "/nowhere/ca"}, "IOT_COUCHDB_CA_FILE: .*No such file"),
+    ],
+)
+def test_what_does_not_secure_a_connection_is_named(
+    secure: dict[str, str], changes: dict[str, str], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load(StoreSettings, environment=secure | changes)
 
 
 def test_a_wrong_setting_ends_the_command_with_its_own_status(

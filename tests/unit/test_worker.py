@@ -19,9 +19,12 @@ import pytest
 from kafka.errors import (
     CommitFailedError,
     FencedInstanceIdError,
+    GroupAuthorizationFailedError,
     KafkaTimeoutError,
     NodeNotReadyError,
     RebalanceInProgressError,
+    SaslAuthenticationFailedError,
+    TopicAuthorizationFailedError,
 )
 from kafka.structs import MemberState, OffsetAndMetadata, TopicPartition
 
@@ -677,6 +680,42 @@ class Systemd:
 
     def close(self) -> None:
         self._socket.close()
+
+
+@pytest.mark.parametrize("errors", ["poll_errors", "commit_errors"])
+def test_a_consumer_that_was_shut_out_is_given_up_without_a_commit(rig: Rig, errors: str) -> None:
+    rig.consumer.add(ONE, b"a")
+    getattr(rig.consumer, errors).append(SaslAuthenticationFailedError("wrong password"))
+    with pytest.raises(SaslAuthenticationFailedError):
+        rig.run()
+    assert rig.consumer.committed == {}
+    assert "close" in rig.log.names()
+
+
+def test_what_the_acls_do_not_grant_is_named(rig: Rig) -> None:
+    rig.consumer.add(ONE, b"a")
+    rig.consumer.poll_errors.append(TopicAuthorizationFailedError({"t2", "t1"}))
+    with pytest.raises(ConfigError, match=r"a client without user .* read topic t1, t2: grant"):
+        rig.run()
+    rig.consumer.commit_errors.append(GroupAuthorizationFailedError("iot-inference"))
+    with pytest.raises(ConfigError, match="use consumer group iot-inference: grant it READ"):
+        rig.run()
+
+
+def test_who_is_long_out_of_the_group_asks_the_broker_why(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(worker, "AWAY_SECONDS", 0.0)
+    rig.settings = replace(rig.settings, bootstrap_servers="127.0.0.1:1")
+    rig.consumer.add(ONE, b"a")
+    rig.consumer.state = MemberState.UNJOINED
+    rig.consumer.on_poll = [
+        lambda: None,
+        lambda: setattr(rig.consumer, "state", MemberState.STABLE),
+    ]
+    with caplog.at_level("WARNING", "iot_pipeline"):
+        rig.run()
+    assert "127.0.0.1:1: Connection refused" in caplog.text
 
 
 @pytest.fixture

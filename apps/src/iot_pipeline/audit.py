@@ -39,12 +39,12 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from kafka.errors import KafkaError
+from kafka.errors import AuthorizationError, KafkaError
 from kafka.structs import TopicPartition
 
 from iot_pipeline.couch import CouchDatabase
 from iot_pipeline.errors import ConfigError, Exit, InvalidMessage, SinkUnavailable
-from iot_pipeline.kafka import make_reader
+from iot_pipeline.kafka import describe_error, make_reader, no_such_topic, not_allowed
 from iot_pipeline.schema import (
     IMAGE_FIELDS,
     PREDICTION_FIELDS,
@@ -316,6 +316,7 @@ def _read_topics(
 
     Raises:
         SinkUnavailable: the broker does not answer, or a topic does not exist.
+        ConfigError: a topic may not be read.
     """
     readers: list[tuple[str, Callable[[Any], None]]] = [
         (settings.dead_letter_topic, ledger.saw_dead_letter),
@@ -328,7 +329,9 @@ def _read_topics(
         # follows from it in what is read after.
         for topic in (settings.image_topic, settings.prediction_topic, settings.dead_letter_topic):
             if not consumer.partitions_for_topic(topic):
-                raise SinkUnavailable(f"{settings.bootstrap_servers} has no topic {topic}")
+                raise SinkUnavailable(
+                    f"Kafka at {settings.bootstrap_servers}: {no_such_topic([topic], settings)}"
+                )
         ends = {
             topic: consumer.end_offsets(
                 [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic)]
@@ -341,8 +344,10 @@ def _read_topics(
         }
         for topic, saw in readers:
             _read_topic(consumer, ends[topic], since, saw, progress)
+    except AuthorizationError as error:
+        raise not_allowed(error, settings) from error
     except KafkaError as error:
-        problem = str(error) or type(error).__name__
+        problem = describe_error(error, settings)
         raise SinkUnavailable(f"Kafka at {settings.bootstrap_servers}: {problem}") from error
     finally:
         progress.clear()

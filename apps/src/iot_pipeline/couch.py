@@ -9,15 +9,18 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import ssl
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import couchdb
 import couchdb.http
 import orjson
 
+from iot_pipeline.access import Tls, certificate_problem
 from iot_pipeline.errors import ConfigError, InvalidMessage, Reason, SinkUnavailable
 from iot_pipeline.schema import (
     STORED_AT,
@@ -60,6 +63,27 @@ class Outcome:
     """Documents the database will never take, by id."""
 
 
+class _Connections(couchdb.http.ConnectionPool):  # type: ignore[misc] # it has no types
+    """Connections to the server; those over TLS trust the authorities that the settings name."""
+
+    def __init__(self, settings: CouchSettings) -> None:
+        super().__init__(settings.couchdb_timeout)
+        self._tls = Tls(settings.couchdb_ca_file)
+
+    def get(self, url: str) -> http.client.HTTPConnection:
+        """An open connection, idle or new."""
+        parts = urlsplit(url)
+        if parts.scheme != "https" or self.conns.get((parts.scheme, parts.netloc)):
+            connection: http.client.HTTPConnection = super().get(url)
+            return connection
+        context = self._tls.context()
+        connection = http.client.HTTPSConnection(
+            parts.netloc, timeout=self.timeout, context=context
+        )
+        connection.connect()
+        return connection
+
+
 class CouchDatabase:
     """One database of one CouchDB server."""
 
@@ -73,6 +97,7 @@ class CouchDatabase:
         self._name = f"CouchDB at {settings.couchdb_url}"
         # Ours is the only retry: it also keeps the watchdog fed and the group joined.
         session = couchdb.http.Session(timeout=settings.couchdb_timeout)
+        session.connection_pool = _Connections(settings)
         url = f"{settings.couchdb_url.rstrip('/')}/{settings.couchdb_database}"
         self._database = couchdb.Database(couchdb.http.Resource(url, session))
         self._refused = False
@@ -256,6 +281,12 @@ class CouchDatabase:
                     Reason.REFUSED_BY_DATABASE, f"{self._name} refuses the document: {error}"
                 ) from error
             raise SinkUnavailable(f"{self._name} fails: {error}") from error
+        except ssl.SSLCertVerificationError as error:
+            host = urlsplit(settings.couchdb_url).hostname or ""
+            problem = certificate_problem(
+                error, host, settings.couchdb_ca_file, "IOT_COUCHDB_CA_FILE", "IOT_COUCHDB_URL"
+            )
+            raise SinkUnavailable(f"{self._name}: {problem}") from error
         except (OSError, http.client.HTTPException) as error:
             problem = str(error) or type(error).__name__
             raise SinkUnavailable(

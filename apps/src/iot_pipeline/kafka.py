@@ -2,7 +2,7 @@
 
 A producer's use::
 
-    sender = connect(lambda: Sender(settings), service, settings.bootstrap_servers)
+    sender = connect(lambda: Sender(settings), service, settings)
     sender.send(settings.image_topic, message.key, message.encode())   # RecordTooLarge: not sent
     sender.confirm(service.alive)                                     # SinkUnavailable: try again
 """
@@ -21,16 +21,20 @@ from kafka import KafkaConsumer, KafkaProducer
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.errors import (
     AuthorizationError,
+    GroupAuthorizationFailedError,
     KafkaConfigurationError,
     KafkaError,
     KafkaTimeoutError,
     MessageSizeTooLargeError,
     RecordListTooLargeError,
     RetriableError,
+    SaslAuthenticationFailedError,
+    TopicAuthorizationFailedError,
     UnknownTopicOrPartitionError,
 )
 from kafka.structs import TopicPartition
 
+from iot_pipeline.access import find_problem, refused_problem, security_options
 from iot_pipeline.errors import ConfigError, RecordTooLarge, SinkUnavailable
 from iot_pipeline.service import Log, Service
 from iot_pipeline.settings import ConsumerSettings, Settings
@@ -73,8 +77,10 @@ class Backoff:
         self._attempts = 0
 
 
-def _options(settings: Settings) -> dict[str, Any]:
+def client_options(settings: Settings) -> dict[str, Any]:
+    """The arguments that all clients have in common: where to connect, and how securely."""
     return {
+        **security_options(settings),
         "bootstrap_servers": settings.bootstrap_servers.split(","),
         "client_id": f"{settings.SERVICE}-{socket.gethostname()}",
         "request_timeout_ms": REQUEST_TIMEOUT_MS,
@@ -87,8 +93,39 @@ def _options(settings: Settings) -> dict[str, Any]:
     }
 
 
-def connect(make: Callable[[], ClientT], service: Service, servers: str) -> ClientT | None:
+def describe_error(error: KafkaError, settings: Settings) -> str:
+    """An error of a client, with what to look at where we know it."""
+    if isinstance(error, SaslAuthenticationFailedError):
+        return f"Kafka {refused_problem(error, settings)}"
+    return str(error) or type(error).__name__
+
+
+def not_allowed(error: AuthorizationError, settings: Settings, topic: str = "") -> ConfigError:
+    """What to grant after Kafka has refused something to who we are.
+
+    Args:
+        error: the refusal.
+        settings: they say who we are.
+        topic: the topic that was written to; empty: we were reading.
+    """
+    names = error.args[0] if error.args else ""
+    if topic:
+        what = f"write to topic {topic}: grant it WRITE"
+    elif isinstance(error, TopicAuthorizationFailedError) and isinstance(names, set):
+        what = f"read topic {', '.join(sorted(names))}: grant it READ"
+    elif isinstance(error, GroupAuthorizationFailedError):
+        group = getattr(settings, "group_id", names)
+        what = f"use consumer group {group}: grant it READ on the group, or set IOT_GROUP_ID"
+    else:
+        what = "do this"
+    return ConfigError(f"Kafka does not let {settings.principal} {what} ({error})")
+
+
+def connect(make: Callable[[], ClientT], service: Service, settings: Settings) -> ClientT | None:
     """Make a client, waiting for the broker as long as it takes.
+
+    A user or certificate that is refused is waited for too: while a password is being changed, one
+    side has it before the other.
 
     Returns:
         The client, or None when the service was asked to stop meanwhile.
@@ -98,58 +135,26 @@ def connect(make: Callable[[], ClientT], service: Service, servers: str) -> Clie
     """
     backoff = Backoff(first=1.0, longest=15.0)
     while not service.stopping:
-        # A client that fails to connect leaves its thread behind, so knock before making one.
-        problem = _knock(servers)
+        # A client that fails to connect leaves its thread behind and does not say why, so see
+        # whether one would be let in before making it.
+        problem = find_problem(settings)
         if not problem:
             try:
                 return make()
             except (KafkaConfigurationError, AssertionError, ValueError) as error:
                 raise ConfigError(f"the Kafka client refuses its settings: {error}") from error
             except KafkaError as error:
-                problem = str(error) or type(error).__name__
+                problem = describe_error(error, settings)
         wait = backoff.next()
         log.warning(
             "broker unreachable",
-            servers=servers,
+            servers=settings.bootstrap_servers,
             error=problem,
-            setting="IOT_BOOTSTRAP_SERVERS",
             retry_seconds=wait,
         )
-        service.status(f"waiting for the broker {servers}: {problem}")
+        service.status(f"waiting for the broker: {problem}")
         service.wait(wait)
     return None
-
-
-def _knock(servers: str) -> str:
-    """Why none of the servers takes a connection, or the empty string."""
-    problems = []
-    for server in servers.split(","):
-        host, port = split_address(server)
-        try:
-            socket.create_connection((host, port), timeout=5).close()
-        except OSError as error:
-            problems.append(f"{server.strip()}: {error.strerror or error}")
-        else:
-            return ""
-    return "; ".join(problems)
-
-
-def split_address(server: str) -> tuple[str, int]:
-    """`host:port`, `[address]:port` or `host` as host and port.
-
-    Raises:
-        ConfigError: it is none of these.
-    """
-    host, colon, port = server.strip().rpartition(":")
-    if not colon:
-        host, port = port, "9092"
-    host = host.strip("[]")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ConfigError(
-            f"IOT_BOOTSTRAP_SERVERS (--bootstrap-servers) must list brokers as host:port, "
-            f"separated by commas; {server!r} is none"
-        )
-    return host, int(port)
 
 
 class GroupConsumer(KafkaConsumer):  # type: ignore[misc] # it has no types
@@ -172,7 +177,7 @@ def make_consumer(settings: ConsumerSettings) -> GroupConsumer:
         KafkaError: no broker answered.
     """
     return GroupConsumer(
-        **_options(settings),
+        **client_options(settings),
         group_id=settings.group_id,
         group_instance_id=settings.group_instance_id or None,
         # What was sent before the first start is work too.
@@ -194,23 +199,23 @@ def make_reader(settings: Settings) -> KafkaConsumer:
     Raises:
         SinkUnavailable: no broker answers.
     """
-    problem = _knock(settings.bootstrap_servers)
+    problem = find_problem(settings)
     if not problem:
         try:
             return KafkaConsumer(
-                **_options(settings),
+                **client_options(settings),
                 group_id=None,
                 auto_offset_reset="earliest",
                 enable_auto_commit=False,
             )
         except KafkaError as error:
-            problem = str(error) or type(error).__name__
-    raise SinkUnavailable(
-        f"Kafka is not reachable: {problem}; check IOT_BOOTSTRAP_SERVERS (--bootstrap-servers)"
-    )
+            problem = describe_error(error, settings)
+    raise SinkUnavailable(f"Kafka is not reachable: {problem}")
 
 
-def wait_for_topics(consumer: KafkaConsumer, topics: Sequence[str], service: Service) -> bool:
+def wait_for_topics(
+    consumer: KafkaConsumer, topics: Sequence[str], service: Service, settings: Settings
+) -> bool:
     """Wait until all topics exist: a subscription to one that does not is silently empty.
 
     Returns:
@@ -223,15 +228,23 @@ def wait_for_topics(consumer: KafkaConsumer, topics: Sequence[str], service: Ser
         try:
             missing = [topic for topic in topics if not consumer.partitions_for_topic(topic)]
         except KafkaError as error:
-            problem = str(error) or type(error).__name__
+            problem = describe_error(error, settings)
         if not missing and not problem:
             return True
         wait = backoff.next()
-        problem = problem or f"no such topic: {', '.join(missing)}"
+        problem = problem or no_such_topic(missing, settings)
         log.warning("waiting for topics", error=problem, retry_seconds=wait)
         service.status(f"waiting for topics: {problem}")
         service.wait(wait)
     return False
+
+
+def no_such_topic(missing: Sequence[str], settings: Settings) -> str:
+    """Why topics do not show: Kafka hides those that we have no business with."""
+    names = ", ".join(missing)
+    if settings.uses_tls:
+        return f"no such topic, or {settings.principal} may not read it: {names}"
+    return f"no such topic: {names}"
 
 
 _WORDS = struct.Struct("<I")
@@ -323,7 +336,7 @@ class Sender:
 
     def _make_client(self) -> Any:
         return _Producer(
-            **_options(self._settings),
+            **client_options(self._settings),
             acks="all",
             enable_idempotence=True,
             delivery_timeout_ms=self._delivery_timeout_ms,
@@ -340,7 +353,13 @@ class Sender:
 
         The refused record leaves a gap in the sequence that makes a client idempotent, so
         kafka-python's then answers every record with the same refusal.
+
+        Raises:
+            SinkUnavailable: no broker would let a new one in.
         """
+        problem = find_problem(self._settings)
+        if problem:
+            raise SinkUnavailable(f"Kafka is not reachable: {problem}")
         self.close(timeout=1.0)
         self._producer = self._make_client()
         self._spoiled = False
@@ -385,13 +404,14 @@ class Sender:
                 future = self._producer.append(topic, key, value)
         except KafkaTimeoutError as error:
             self._give_up()
-            raise SinkUnavailable(
-                f"Kafka says nothing about topic {topic}: is the broker up, and does the topic "
+            problem = find_problem(self._settings) or (
+                f"it says nothing about topic {topic}: is the broker up, and does the topic "
                 f"exist? ({error})"
-            ) from error
+            )
+            raise SinkUnavailable(f"Kafka is not reachable: {problem}") from error
         except KafkaError as error:
             self._give_up()
-            raise _explain(error, topic) from error
+            raise self._explain(error, topic) from error
         self._pending.append((topic, key, future))
 
     def _give_up(self) -> None:
@@ -432,7 +452,7 @@ class Sender:
                     self._wait(future, deadline, alive)
             except KafkaError as error:
                 self._spoiled |= not isinstance(error, RetriableError)
-                failures.append(_explain(error, topic))
+                failures.append(self._explain(error, topic))
             except BaseException:
                 self._give_up()
                 raise
@@ -470,16 +490,21 @@ class Sender:
             thread.join(timeout)
             self._producer.close(timeout=0)
 
-
-def _explain(error: KafkaError, topic: str) -> Exception:
-    text = str(error) or type(error).__name__
-    if isinstance(error, MessageSizeTooLargeError | RecordListTooLargeError):
-        return RecordTooLarge(
-            f"{topic} refuses a record as too large: raise the topic's max.message.bytes or lower "
-            f"IOT_MAX_RECORD_BYTES ({text})"
-        )
-    if isinstance(error, UnknownTopicOrPartitionError):
-        return SinkUnavailable(f"topic {topic} does not exist: make it, or set its name ({text})")
-    if isinstance(error, AuthorizationError):
-        return ConfigError(f"not allowed to write to {topic}: grant it to this user ({text})")
-    return SinkUnavailable(f"Kafka did not take a record for {topic}: {text}")
+    def _explain(self, error: KafkaError, topic: str) -> Exception:
+        text = str(error) or type(error).__name__
+        if isinstance(error, MessageSizeTooLargeError | RecordListTooLargeError):
+            return RecordTooLarge(
+                f"{topic} refuses a record as too large: raise the topic's max.message.bytes or "
+                f"lower IOT_MAX_RECORD_BYTES ({text})"
+            )
+        if isinstance(error, UnknownTopicOrPartitionError):
+            return SinkUnavailable(
+                f"topic {topic} does not exist: make it, or set its name ({text})"
+            )
+        if isinstance(error, AuthorizationError):
+            return not_allowed(error, self._settings, topic)
+        problem = ""
+        if isinstance(error, KafkaTimeoutError):
+            problem = find_problem(self._settings)
+        problem = problem or describe_error(error, self._settings)
+        return SinkUnavailable(f"Kafka did not take a record for {topic}: {problem}")

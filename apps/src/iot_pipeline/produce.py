@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from iot_pipeline import metrics
+from iot_pipeline.access import find_problem
 from iot_pipeline.errors import Exit, RecordTooLarge, SinkUnavailable
 from iot_pipeline.kafka import NO_DELIVERY_TIMEOUT_MS, Backoff, Sender, connect
 from iot_pipeline.schema import ImageMessage, now, uuid7
@@ -100,7 +101,7 @@ def _produce(settings: ProduceSettings, service: Service, source: Source) -> Exi
             compression=settings.compression,
         ),
         service,
-        settings.bootstrap_servers,
+        settings,
     )
     if sender is None:
         return Exit.OK
@@ -332,7 +333,7 @@ class _Delivery:
             self._noticed = self._confirmed
             self._warn_at = moment + PATIENCE
         elif moment >= self._warn_at:
-            self._missing("no confirmation yet")
+            self._missing(find_problem(self._settings) or "no confirmation yet")
         if self._service.stopping:
             self._end = self._end or moment + LAST_CHANCE
             if moment >= self._end:

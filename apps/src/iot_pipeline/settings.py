@@ -8,6 +8,7 @@ that over the default.
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import math
 import os
 import re
@@ -76,6 +77,13 @@ class CommandSettings:
     """Settings files to look for, by service; the first that exists is read."""
     DESCRIPTION: ClassVar[str] = ""
 
+    def __post_init__(self) -> None:
+        """Check what one value alone does not show.
+
+        Raises:
+            ConfigError: values do not go together.
+        """
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(CommandSettings):
@@ -83,6 +91,34 @@ class Settings(CommandSettings):
 
     bootstrap_servers: str = setting(
         "localhost:9092", "Kafka brokers as host:port, separated by commas", required=True
+    )
+    security_protocol: str = setting(
+        "PLAINTEXT",
+        "how to talk to the brokers: PLAINTEXT, in the clear; SSL, over TLS, where a certificate "
+        "says who we are if the brokers ask; SASL_SSL, over TLS with user and password",
+        required=True,
+        metavar="PLAINTEXT|SSL|SASL_SSL",
+    )
+    sasl_mechanism: str = setting(
+        "SCRAM-SHA-512",
+        "how the password is proved: SCRAM-SHA-512, without showing it, or PLAIN",
+        choices=("SCRAM-SHA-512", "PLAIN"),
+    )
+    sasl_username: str = setting("", "Kafka user")
+    sasl_password_file: str = setting(
+        "", "file that holds the Kafka user's password and nothing else", metavar="FILE"
+    )
+    tls_ca_file: str = setting(
+        "",
+        "PEM file of the authorities that may have signed the brokers' certificates; empty takes "
+        "this host's",
+        metavar="FILE",
+    )
+    tls_certificate_file: str = setting(
+        "", "PEM file of our own certificate and its chain", metavar="FILE"
+    )
+    tls_key_file: str = setting(
+        "", "PEM file of our certificate's key, not encrypted", metavar="FILE"
     )
     image_topic: str = setting("iot-topic", "topic of the images", required=True)
     prediction_topic: str = setting("iot-predictions", "topic of the predictions", required=True)
@@ -102,6 +138,78 @@ class Settings(CommandSettings):
     metrics_port: int = setting(
         0, "port to serve Prometheus metrics on; 0 serves none", minimum=0, maximum=65535
     )
+
+    @property
+    def uses_tls(self) -> bool:
+        """Whether connections to Kafka are encrypted."""
+        return self.security_protocol in ("SSL", "SASL_SSL")
+
+    @property
+    def uses_sasl(self) -> bool:
+        """Whether we say who we are with user and password."""
+        return self.security_protocol == "SASL_SSL"
+
+    @property
+    def principal(self) -> str:
+        """Who we are to Kafka, as messages name it."""
+        if self.uses_sasl:
+            return f"user {self.sasl_username!r}"
+        if self.tls_certificate_file:
+            return f"the user of {self.tls_certificate_file}"
+        return "a client without user and certificate"
+
+    def __post_init__(self) -> None:
+        """Check what secures the connections to Kafka.
+
+        Raises:
+            ConfigError: it would not, or not as it looks.
+        """
+        super().__post_init__()
+        protocol = self.security_protocol
+        if protocol == "SASL_PLAINTEXT":
+            raise ConfigError(
+                "IOT_SECURITY_PROTOCOL=SASL_PLAINTEXT is refused, since it shows the password or "
+                "what it can be guessed from to the network: set SASL_SSL"
+            )
+        if protocol not in ("PLAINTEXT", "SSL", "SASL_SSL"):
+            raise ConfigError(
+                f"IOT_SECURITY_PROTOCOL must be one of PLAINTEXT, SSL, SASL_SSL, not {protocol!r}"
+            )
+        if self.uses_sasl:
+            for name in ("sasl_username", "sasl_password_file"):
+                if not getattr(self, name):
+                    raise ConfigError(
+                        f"IOT_SECURITY_PROTOCOL=SASL_SSL needs {environment_name(name)}"
+                    )
+        # What looks like protection and is none is a mistake, not a spare value.
+        self._refuse_without(self.uses_sasl, "SASL_SSL", "sasl_username", "sasl_password_file")
+        files = ("tls_ca_file", "tls_certificate_file", "tls_key_file")
+        self._refuse_without(self.uses_tls, "SSL or SASL_SSL", *files)
+        if bool(self.tls_certificate_file) != bool(self.tls_key_file):
+            given, lacking = "IOT_TLS_CERTIFICATE_FILE", "IOT_TLS_KEY_FILE"
+            if self.tls_key_file:
+                given, lacking = lacking, given
+            raise ConfigError(f"{given} needs {lacking}: the two belong together")
+        for name in ("sasl_password_file", *files):
+            _check_readable(name, getattr(self, name))
+
+    def _refuse_without(self, used: bool, protocol: str, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) and not used:
+                raise ConfigError(
+                    f"{environment_name(name)} has no effect with IOT_SECURITY_PROTOCOL="
+                    f"{self.security_protocol}: set {protocol}, or leave it out"
+                )
+
+
+def _check_readable(name: str, path: str) -> None:
+    if not path:
+        return
+    try:
+        with Path(path).open("rb"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{environment_name(name)}: {error}") from error
 
 
 def _cache_directory() -> str:
@@ -264,7 +372,7 @@ class PrepareModelSettings(ModelSettings, CommandSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CouchSettings:
+class CouchSettings(CommandSettings):
     """What every command with the database needs."""
 
     couchdb_url: str = setting(
@@ -273,6 +381,12 @@ class CouchSettings:
     couchdb_user: str = setting("", "CouchDB user; empty sends no credentials")
     couchdb_password_file: str = setting(
         "", "file that holds the user's password and nothing else", metavar="FILE"
+    )
+    couchdb_ca_file: str = setting(
+        "",
+        "PEM file of the authorities that may have signed the certificate of an https:// server; "
+        "empty takes this host's",
+        metavar="FILE",
     )
     couchdb_database: str = setting("img_db", "CouchDB database", required=True)
     couchdb_timeout: float = setting(
@@ -283,8 +397,9 @@ class CouchSettings:
         """Check the URL before anything logs it.
 
         Raises:
-            ConfigError: it holds credentials, or is no URL of a server.
+            ConfigError: it holds credentials, is no URL of a server, or would show the password.
         """
+        super().__post_init__()
         parts = urlsplit(self.couchdb_url)
         if "@" in self.couchdb_url:
             raise ConfigError(
@@ -298,6 +413,22 @@ class CouchSettings:
             )
         if self.couchdb_user and not self.couchdb_password_file:
             raise ConfigError("IOT_COUCHDB_USER needs IOT_COUCHDB_PASSWORD_FILE")
+        if self.couchdb_user and parts.scheme == "http" and not _is_loopback(parts.hostname):
+            # An error, not a warning: each request would show the password to the network, and by
+            # the time that someone reads a warning it has been shown.
+            raise ConfigError(
+                f"IOT_COUCHDB_URL={self.couchdb_url} would send the password of IOT_COUCHDB_USER "
+                "unencrypted over the network: set an https:// URL (and IOT_COUCHDB_CA_FILE where "
+                "this host does not know the authority), or one of this host itself"
+            )
+        _check_readable("couchdb_ca_file", self.couchdb_ca_file)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 @dataclass(frozen=True, kw_only=True)

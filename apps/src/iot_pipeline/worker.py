@@ -12,6 +12,7 @@ goes on, so that no other member takes them over only to meet the same outage.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -23,13 +24,22 @@ from kafka.errors import (
     FencedInstanceIdError,
     InconsistentGroupProtocolError,
     KafkaError,
+    SaslAuthenticationFailedError,
 )
 from kafka.structs import MemberState, OffsetAndMetadata, TopicPartition
 
 from iot_pipeline import metrics
+from iot_pipeline.access import find_problem
 from iot_pipeline.errors import ConfigError
 from iot_pipeline.intake import Intake
-from iot_pipeline.kafka import Sender, connect, make_consumer, wait_for_topics
+from iot_pipeline.kafka import (
+    Sender,
+    connect,
+    describe_error,
+    make_consumer,
+    not_allowed,
+    wait_for_topics,
+)
 from iot_pipeline.pipeline import MAX_IN_FLIGHT, Pipeline, Stage
 from iot_pipeline.service import Log, Service
 from iot_pipeline.settings import ConsumerSettings
@@ -58,6 +68,13 @@ BATCH_BYTES = 8 * 1024 * 1024
 # The threads take turns at Python's lock. By default one that computes keeps it for 5 ms, and the
 # model's thread would wait as long for its turn several times in each batch.
 SWITCH_SECONDS = 0.0005
+
+# Who is not in the group, or hears of failures, asks the broker why, and again after as long.
+AWAY_SECONDS = 10.0
+# A failure may be followed by another one, so all is not well before there was none for so long.
+TROUBLED_SECONDS = 3.0
+# From a login that was refused to the next attempt.
+SHUT_OUT_SECONDS = 2.0
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -162,6 +179,8 @@ class Worker(Generic[ItemT, ResultT]):
         self._pipeline = Pipeline(stage, settings, sender)
         self._intake = Intake(settings.max_batch_size, INTAKE_BYTES)
         self._polled_at = 0.0
+        self._asked_at = time.monotonic()
+        self._troubled_at = -math.inf
         # Since when a batch has waited for more records.
         self._filling_since = 0.0
         # What is done but not committed yet: the offsets to go on from.
@@ -175,6 +194,8 @@ class Worker(Generic[ItemT, ResultT]):
         Raises:
             TooManyDeadLetters: the limit is reached. The batch in hand is not committed.
             ConfigError: Kafka refuses what we ask of it.
+            SaslAuthenticationFailedError: Kafka does not know us any more. Start over, with another
+                consumer: this one has given up parts of itself, such as its heartbeat.
         """
         metrics.SINK_UP.set(1)
         sys.setswitchinterval(SWITCH_SECONDS)
@@ -204,8 +225,24 @@ class Worker(Generic[ItemT, ResultT]):
         outage = self._pipeline.outage
         if outage is not None:
             self._service.status(f"waiting for {self._sink}: {outage}")
-        elif self._member():
+        elif not self._member():
+            self._tell(self._ask_broker())
+        elif time.monotonic() - self._troubled_at > TROUBLED_SECONDS:
             self._service.ready("working")
+
+    def _ask_broker(self) -> str:
+        """What keeps the broker from answering, asked now and then: the client hides it."""
+        if time.monotonic() - self._asked_at < AWAY_SECONDS:
+            return ""
+        problem = find_problem(self._settings)
+        self._asked_at = time.monotonic()
+        return problem
+
+    def _tell(self, problem: str) -> None:
+        if problem:
+            log.warning("broker unreachable", error=problem)
+            self._service.status(f"waiting for the broker: {problem}")
+            self._troubled_at = time.monotonic()
 
     def _alive(self) -> None:
         """Feed the watchdog, unless one of the stage's threads hangs."""
@@ -251,9 +288,11 @@ class Worker(Generic[ItemT, ResultT]):
             polled = self._consumer.poll(
                 timeout_ms=int(seconds * 1000), max_records=ALL_THAT_WAS_FETCHED
             )
+        except SaslAuthenticationFailedError:
+            raise
         except KafkaError as error:
             self._raise_if_hopeless(error)
-            log.warning("poll failed", error=error or type(error).__name__)
+            self._tell(self._ask_broker() or describe_error(error, self._settings))
             self._service.wait(POLL_SECONDS)
             polled = {}
         metrics.POLL_SECONDS.observe(time.monotonic() - started)
@@ -336,7 +375,7 @@ class Worker(Generic[ItemT, ResultT]):
                 "IOT_GROUP_ID"
             ) from error
         if isinstance(error, AuthorizationError):
-            raise ConfigError(f"Kafka does not allow it: {error}") from error
+            raise not_allowed(error, self._settings) from error
 
     def _commit(self) -> None:
         """Commit what is done, so that it is not read again.
@@ -352,9 +391,11 @@ class Worker(Generic[ItemT, ResultT]):
         }
         try:
             self._consumer.commit(offsets, timeout_ms=int(COMMIT_TIMEOUT_SECONDS * 1000))
+        except SaslAuthenticationFailedError:
+            raise
         except KafkaError as error:
             self._raise_if_hopeless(error)
-            log.warning("commit failed", error=error or type(error).__name__)
+            log.warning("commit failed", error=describe_error(error, self._settings))
         else:
             self._done.clear()
 
@@ -372,16 +413,32 @@ def run_stage(
         settings: the stage's settings.
         service: the process around it, already entered.
     """
-    sender = connect(lambda: Sender(settings), service, settings.bootstrap_servers)
+    while not service.stopping:
+        try:
+            _run_with_new_clients(make_stage, settings, service)
+        except SaslAuthenticationFailedError as error:
+            # What was not committed is read again, and written to where it stands already.
+            problem = describe_error(error, settings)
+            log.warning("shut out", error=problem, retry_seconds=SHUT_OUT_SECONDS)
+            service.status(f"waiting for the broker: {problem}")
+            service.wait(SHUT_OUT_SECONDS)
+
+
+def _run_with_new_clients(
+    make_stage: Callable[[Sender], Stage[ItemT, ResultT]],
+    settings: ConsumerSettings,
+    service: Service,
+) -> None:
+    sender = connect(lambda: Sender(settings), service, settings)
     if sender is None:
         return
     try:
         stage = make_stage(sender)
         membership = Membership()
-        consumer = connect(lambda: make_consumer(settings), service, settings.bootstrap_servers)
+        consumer = connect(lambda: make_consumer(settings), service, settings)
         if consumer is None:
             return
-        if not wait_for_topics(consumer, stage.topics, service):
+        if not wait_for_topics(consumer, stage.topics, service, settings):
             consumer.close(autocommit=False)
             return
         consumer.subscribe(topics=list(stage.topics), listener=membership)

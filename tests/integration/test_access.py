@@ -1,0 +1,371 @@
+"""Apps at a broker that lets nobody in unknown: they work, or say what to set."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from kafka.admin import ScramMechanism, UserScramCredentialUpsertion
+
+from iot_lab.processes import LOOPBACK, Database, Pipeline, wait_for
+from iot_lab.secure_broker import Authority, SecureBroker, pipeline_acls, write_secret
+from iot_pipeline.access import find_problem
+from iot_pipeline.couch import CouchDatabase
+from iot_pipeline.errors import Exit, SinkUnavailable
+from iot_pipeline.settings import ProduceSettings, StoreSettings, load
+
+PROMPT = 4.0  # seconds; kafka-python itself takes 10 with our settings, and does not say why
+
+
+@pytest.fixture
+def ungranted(folder: Path, secure_broker: SecureBroker, database: Database) -> Iterator[Pipeline]:
+    """Topics that no app may use."""
+    prefix = f"ungranted-{secrets.token_hex(3)}-"
+    with Pipeline(folder / prefix.rstrip("-"), secure_broker, database, prefix) as pipeline:
+        yield pipeline
+
+
+@pytest.fixture
+def stranger(tmp_path: Path) -> Authority:
+    """An authority that nobody trusts."""
+    return Authority(tmp_path / "stranger", "another authority")
+
+
+def flags_of(environment: dict[str, str]) -> list[str]:
+    return [
+        word
+        for name, value in environment.items()
+        for word in (f"--{name.removeprefix('IOT_').lower().replace('_', '-')}", value)
+    ]
+
+
+def produced(pipeline: Pipeline) -> int:
+    return sum(pipeline.broker.ends(pipeline.image_topic).values())
+
+
+@pytest.mark.timeout(240)
+def test_images_flow_between_apps_that_log_in(
+    secure_pipeline: Pipeline, assert_clean: Callable[[Pipeline, int], None]
+) -> None:
+    workers = [secure_pipeline.store().start(), secure_pipeline.infer().start()]
+    producer = secure_pipeline.produce("--count", "20", "--interval", "0.02").start()
+    assert producer.wait(60) == 0, producer.output()
+    for worker in workers:
+        worker.wait_ready()
+    assert_clean(secure_pipeline, 20)
+    assert isinstance(secure_pipeline.broker, SecureBroker)
+    for app in (*workers, producer):
+        for password in secure_pipeline.broker.passwords.values():
+            assert password not in app.output()
+
+
+@pytest.mark.parametrize("way", ["PLAIN", "certificate"])
+def test_other_ways_to_log_in(
+    secure_pipeline: Pipeline, secure_broker: SecureBroker, way: str
+) -> None:
+    chosen = secure_broker.environment("iot-producer", "PLAIN")
+    if way == "certificate":
+        chosen = secure_broker.mutual_environment("iot-producer")
+        chosen |= {"IOT_SASL_USERNAME": "", "IOT_SASL_PASSWORD_FILE": ""}
+    app = secure_pipeline.produce("--count", "3", "--interval", "0", *flags_of(chosen)).start()
+    assert app.wait(60) == 0, app.output()
+    assert produced(secure_pipeline) == 3
+
+
+REFUSALS: dict[str, tuple[dict[str, str], str]] = {
+    "wrong password": (
+        {"IOT_SASL_PASSWORD_FILE": "{wrong}"},
+        "refuses user 'iot-producer': check IOT_SASL_USERNAME and IOT_SASL_PASSWORD_FILE",
+    ),
+    "wrong password, PLAIN": (
+        {"IOT_SASL_PASSWORD_FILE": "{wrong}", "IOT_SASL_MECHANISM": "PLAIN"},
+        "refuses user 'iot-producer': check IOT_SASL_USERNAME and IOT_SASL_PASSWORD_FILE",
+    ),
+    "unknown user": ({"IOT_SASL_USERNAME": "nobody"}, "refuses user 'nobody'"),
+    "empty password": ({"IOT_SASL_PASSWORD_FILE": "{empty}"}, "IOT_SASL_PASSWORD_FILE: .*empty"),
+    "another authority": ({"IOT_TLS_CA_FILE": "{stranger}"}, "certificate is refused .*_CA_FILE"),
+    "another name": ({"IOT_BOOTSTRAP_SERVERS": "127.1:{port}"}, "is not for 127.1: .*_SERVERS"),
+    "in the clear": (
+        {"IOT_SECURITY_PROTOCOL": "PLAINTEXT"},
+        r"wants TLS on this port \(IOT_SECURITY_PROTOCOL\)",
+    ),
+    "as nobody": (
+        {"IOT_SECURITY_PROTOCOL": "SSL"},
+        "wants a user .*IOT_SECURITY_PROTOCOL=SASL_SSL",
+    ),
+    "user at the port for certificates": (
+        {"IOT_BOOTSTRAP_SERVERS": "{mutual}"},
+        "refuses our certificate, or that there is none .*IOT_TLS_CERTIFICATE_FILE",
+    ),
+    "no certificate": (
+        {"IOT_SECURITY_PROTOCOL": "SSL", "IOT_BOOTSTRAP_SERVERS": "{mutual}"},
+        "refuses our certificate, or that there is none .*IOT_TLS_CERTIFICATE_FILE",
+    ),
+    "a certificate of another authority": (
+        {
+            "IOT_SECURITY_PROTOCOL": "SSL",
+            "IOT_BOOTSTRAP_SERVERS": "{mutual}",
+            "IOT_TLS_CERTIFICATE_FILE": "{certificate}",
+            "IOT_TLS_KEY_FILE": "{key}",
+        },
+        "refuses our certificate.*IOT_TLS_CERTIFICATE_FILE",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_why_the_broker_is_closed_is_found_out_at_once(
+    case: str, secure_broker: SecureBroker, stranger: Authority, tmp_path: Path
+) -> None:
+    changes, words = REFUSALS[case]
+    known = secure_broker.environment("iot-producer")
+    identity = stranger.issue("iot-producer")
+    places = {
+        "wrong": write_secret(tmp_path / "wrong", "wrong\n"),
+        "empty": write_secret(tmp_path / "empty", "\n"),
+        "stranger": stranger.certificate,
+        "certificate": identity.certificate,
+        "key": identity.key,
+        "port": secure_broker.bootstrap_servers.rpartition(":")[2],
+        "mutual": secure_broker.mutual_servers,
+    }
+    environment = known | {name: value.format(**places) for name, value in changes.items()}
+    if environment["IOT_SECURITY_PROTOCOL"] != "SASL_SSL":
+        environment |= {"IOT_SASL_USERNAME": "", "IOT_SASL_PASSWORD_FILE": ""}
+    if environment["IOT_SECURITY_PROTOCOL"] == "PLAINTEXT":
+        environment["IOT_TLS_CA_FILE"] = ""
+    assert find_problem(load(ProduceSettings, environment=known)) == ""
+    started = time.monotonic()
+    problem = find_problem(load(ProduceSettings, environment=environment))
+    assert re.search(words, problem), problem
+    assert time.monotonic() - started < PROMPT
+
+
+def test_tls_at_a_port_without_it(running: Pipeline, secure_broker: SecureBroker) -> None:
+    environment = secure_broker.environment("iot-producer")
+    environment["IOT_BOOTSTRAP_SERVERS"] = running.broker.bootstrap_servers
+    problem = find_problem(load(ProduceSettings, environment=environment))
+    assert re.search("IOT_SECURITY_PROTOCOL", problem), problem
+
+
+def test_a_wrong_password_is_told_and_waited_for(
+    secure_pipeline: Pipeline, secure_broker: SecureBroker, tmp_path: Path
+) -> None:
+    file = write_secret(tmp_path / "password", "wrong\n")
+    app = secure_pipeline.produce("--count", "1", "--sasl-password-file", str(file)).start()
+    wait_for(lambda: "refuses user 'iot-producer'" in app.output(), "the reason", 15)
+    assert app.running
+    file.write_text(secure_broker.passwords["iot-producer"] + "\n")
+    assert app.wait(40) == 0, app.output()
+    assert produced(secure_pipeline) == 1
+
+
+def test_the_audit_says_what_is_wrong_and_ends(secure_pipeline: Pipeline, tmp_path: Path) -> None:
+    file = write_secret(tmp_path / "password", "wrong\n")
+    done = secure_pipeline.run("audit", "--sasl-password-file", str(file))
+    assert done.returncode == Exit.UNREACHABLE, done
+    assert "refuses user 'iot-audit': check IOT_SASL_USERNAME" in done.stderr
+
+
+def test_a_producer_without_an_acl_says_which(ungranted: Pipeline) -> None:
+    app = ungranted.produce("--count", "1").start()
+    assert app.wait(60) == Exit.CONFIG, app.output()
+    assert (
+        f"does not let user 'iot-producer' write to topic {ungranted.image_topic}: grant it WRITE"
+    ) in app.output()
+
+
+def test_a_consumer_waits_for_topics_that_it_may_not_see(
+    ungranted: Pipeline, secure_broker: SecureBroker
+) -> None:
+    app = ungranted.store().start()
+    words = "no such topic, or user 'iot-storage' may not read it"
+    wait_for(lambda: words in app.output(), "the reason", 30)
+    assert ungranted.image_topic in app.output()
+    secure_broker.allow(pipeline_acls(ungranted.prefix))
+    app.wait_ready(60)
+
+
+def test_a_consumer_without_an_acl_for_its_group_says_which(
+    ungranted: Pipeline, secure_broker: SecureBroker
+) -> None:
+    granted = pipeline_acls(ungranted.prefix)
+    secure_broker.allow(entry for entry in granted if entry["resource_type"] != "group")
+    app = ungranted.store().start()
+    assert app.wait(60) == Exit.CONFIG, app.output()
+    group = f"{ungranted.prefix}iot-storage"
+    assert f"does not let user 'iot-storage' use consumer group {group}: grant it READ" in (
+        app.output()
+    )
+
+
+def test_the_audit_without_an_acl_says_which(ungranted: Pipeline) -> None:
+    done = ungranted.run("audit")
+    assert done.returncode == Exit.UNREACHABLE, done
+    assert f"user 'iot-audit' may not read it: {ungranted.image_topic}" in done.stderr
+
+
+def set_password(broker: SecureBroker, user: str, password: str) -> None:
+    """The broker's side of a new password."""
+    change = UserScramCredentialUpsertion(user, ScramMechanism.SCRAM_SHA_512, password)
+    with broker.admin() as admin:
+        assert admin.alter_user_scram_credentials([change]) == {user: None}
+
+
+@pytest.mark.timeout(300)
+def test_passwords_change_under_running_services_and_nothing_is_lost(
+    secure_pipeline: Pipeline,
+    secure_broker: SecureBroker,
+    tmp_path: Path,
+    assert_clean: Callable[[Pipeline, int], None],
+) -> None:
+    files = {
+        user: write_secret(tmp_path / user, secure_broker.passwords[user] + "\n")
+        for user in ("iot-producer", "iot-inference", "iot-storage")
+    }
+
+    def own(user: str) -> tuple[str, str]:
+        return ("--sasl-password-file", str(files[user]))
+
+    store = secure_pipeline.store(*own("iot-storage")).start()
+    infer = secure_pipeline.infer(*own("iot-inference")).start()
+    producer = secure_pipeline.produce("--interval", "0.2", *own("iot-producer")).start()
+    apps = {"iot-producer": producer, "iot-inference": infer, "iot-storage": store}
+    for app in apps.values():
+        app.wait_ready()
+    before = {user: app.pid for user, app in apps.items()}
+    changed = {user: secrets.token_urlsafe(24) for user in files}
+    try:
+        for user, password in changed.items():
+            set_password(secure_broker, user, password)
+        images = produced(secure_pipeline)
+        wait_for(lambda: produced(secure_pipeline) > images + 5, "images on old connections", 30)
+        # Connections that stand are not asked again. These end, and the old password with them.
+        secure_broker.stop()
+        secure_broker.start().wait_ready()
+        for user, app in apps.items():
+            wait_for(lambda a=app: "refuses user" in a.output(), f"{user} to be refused", 40)  # type: ignore[misc]
+        for user, password in changed.items():
+            files[user].write_text(password + "\n")
+        images = produced(secure_pipeline)
+        wait_for(lambda: produced(secure_pipeline) > images + 10, "images again", 60)
+        assert producer.stop() == 0, producer.output()
+        assert_clean(secure_pipeline, produced(secure_pipeline))
+        assert {user: app.pid for user, app in apps.items() if app is not producer} == {
+            user: pid for user, pid in before.items() if apps[user] is not producer
+        }
+    finally:
+        for user in files:
+            set_password(secure_broker, user, secure_broker.passwords[user])
+
+
+class TlsFront:
+    """Takes TLS connections and hands them on in the clear, as a proxy before a database does."""
+
+    def __init__(self, authority: Authority, target: str) -> None:
+        self._target = target
+        identity = authority.issue("database")
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.load_cert_chain(identity.certificate, identity.key)
+        self._listener = socket.create_server((LOOPBACK, 0))
+        self.port = self._listener.getsockname()[1]
+        self._threads = [threading.Thread(target=self._serve, daemon=True)]
+        self._threads[0].start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                plain, _address = self._listener.accept()
+            except OSError:
+                return
+            thread = threading.Thread(target=self._relay, args=(plain,), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _relay(self, plain: socket.socket) -> None:
+        host, _, port = self._target.removeprefix("http://").partition(":")
+        with plain:
+            try:
+                inside = self._context.wrap_socket(plain, server_side=True)
+            except OSError:  # the client does not trust us
+                return
+            with inside, socket.create_connection((host, int(port))) as outside:
+                back = threading.Thread(target=self._copy, args=(outside, inside), daemon=True)
+                back.start()
+                self._copy(inside, outside)
+                back.join(5)
+
+    @staticmethod
+    def _copy(source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while data := source.recv(65_536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in self._threads:
+            thread.join(5)
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path / "authority")
+
+
+@pytest.fixture
+def front(authority: Authority, database: Database) -> Iterator[TlsFront]:
+    front = TlsFront(authority, database.url)
+    yield front
+    front.close()
+
+
+def test_the_database_over_tls(front: TlsFront, authority: Authority, database: Database) -> None:
+    database.create("over-tls")
+    settings = StoreSettings(
+        couchdb_url=f"https://localhost:{front.port}",
+        couchdb_ca_file=str(authority.certificate),
+        couchdb_user=database.user[0],
+        couchdb_password_file=str(database.password_file),
+        couchdb_database="over-tls",
+    )
+    store = CouchDatabase(settings)
+    outcome = store.merge_in({"a": {"_id": "a", "GroundTruth": "cat"}}, lambda: None)
+    assert list(outcome.stored) == ["a"]
+    assert store.read(["a"])["a"]["GroundTruth"] == "cat"
+
+
+@pytest.mark.parametrize(
+    "host,trusted,words",
+    [
+        ("localhost", False, "certificate is refused .*IOT_COUCHDB_CA_FILE"),
+        ("127.1", True, "is not for 127.1: call it in IOT_COUCHDB_URL"),
+    ],
+)
+def test_a_database_that_cannot_prove_who_it_is_gets_no_password(
+    front: TlsFront,
+    authority: Authority,
+    stranger: Authority,
+    database: Database,
+    host: str,
+    trusted: bool,
+    words: str,
+) -> None:
+    settings = StoreSettings(
+        couchdb_url=f"https://{host}:{front.port}",
+        couchdb_ca_file=str((authority if trusted else stranger).certificate),
+        couchdb_user=database.user[0],
+        couchdb_password_file=str(database.password_file),
+    )
+    with pytest.raises(SinkUnavailable, match=words):
+        CouchDatabase(settings).read(["a"])
