@@ -21,6 +21,8 @@ from iot_pipeline.couch import CouchDatabase
 from iot_pipeline.errors import Exit, SinkUnavailable
 from iot_pipeline.settings import ProduceSettings, StoreSettings, load
 
+pytestmark = pytest.mark.timeout(300)  # a busy machine starts the broker slowly
+
 PROMPT = 4.0  # seconds; kafka-python itself takes 10 with our settings, and does not say why
 
 
