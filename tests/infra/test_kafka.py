@@ -1,12 +1,46 @@
 """The brokers, and the topics that the inventory declares."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
+import pytest
+from testinfra.backend.base import CommandResult
 from testinfra.host import Host
 
 GROUP = "kafka_brokers"
 BIN = "/opt/kafka/bin"
+CONFIG = "/opt/kafka/config"
+
+
+def authentication(variables: dict[str, Any]) -> str:
+    """How clients prove who they are; the default is the role's."""
+    return str(variables.get("kafka_broker_authentication", "none"))
+
+
+@pytest.fixture
+def secure(variables: dict[str, Any]) -> str:
+    found = authentication(variables)
+    if found == "none":
+        pytest.skip("the inventory has neither TLS nor users")
+    return found
+
+
+@pytest.fixture
+def tool(host: Host, variables: dict[str, Any]) -> Callable[[str], CommandResult]:
+    """Runs one of Kafka's tools against the cluster, as the admin where there is one."""
+
+    def run(command: str) -> CommandResult:
+        name, _, arguments = command.partition(" ")
+        settings = f"--command-config={CONFIG}/admin.properties"
+        return host.run(
+            f"{BIN}/{name} --bootstrap-server=%s {settings} {arguments}"
+            if authentication(variables) != "none"
+            else f"{BIN}/{name} --bootstrap-server=%s {arguments}",
+            variables["kafka_bootstrap_servers"],
+        )
+
+    return run
 
 
 def server_properties(host: Host) -> dict[str, str]:
@@ -66,11 +100,12 @@ def main_pid(host: Host) -> str:
     return str(host.check_output("systemctl show --property=MainPID --value kafka"))
 
 
-def test_topics_are_as_declared_and_healthy(host: Host, variables: dict[str, Any]) -> None:
-    described = host.check_output(
-        f"{BIN}/kafka-topics.sh --bootstrap-server %s --describe",
-        variables["kafka_bootstrap_servers"],
-    )
+def test_topics_are_as_declared_and_healthy(
+    tool: Callable[[str], CommandResult], variables: dict[str, Any]
+) -> None:
+    answer = tool("kafka-topics.sh --describe")
+    assert answer.rc == 0, answer.stderr
+    described = answer.stdout
     for topic in variables["kafka_resources_topics"]:
         found = re.search(rf"^Topic: {re.escape(topic['name'])}\s.*$", described, re.MULTILINE)
         assert found, f"{topic['name']} is missing"
@@ -86,12 +121,94 @@ def test_topics_are_as_declared_and_healthy(host: Host, variables: dict[str, Any
         assert set(in_sync.split(",")) == set(replicas.split(",")), "a replica lags behind"
 
 
-def test_quorum_has_a_leader_and_all_its_voters(host: Host, variables: dict[str, Any]) -> None:
-    status = host.check_output(
-        f"{BIN}/kafka-metadata-quorum.sh --bootstrap-server %s describe --status",
-        variables["kafka_bootstrap_servers"],
-    )
+def test_quorum_has_a_leader_and_all_its_voters(tool: Callable[[str], CommandResult]) -> None:
+    answer = tool("kafka-metadata-quorum.sh describe --status")
+    assert answer.rc == 0, answer.stderr
+    status = answer.stdout
     assert re.search(r"LeaderId:\s+\d+", status)
     lag = re.search(r"MaxFollowerLag:\s+(\d+)", status)
     assert lag
     assert int(lag[1]) < 1000
+
+
+def test_settings_are_those_of_the_inventory(host: Host, variables: dict[str, Any]) -> None:
+    found = server_properties(host)
+    protocols = set(
+        dict(
+            pair.split(":") for pair in found["listener.security.protocol.map"].split(",")
+        ).values()
+    )
+    if authentication(variables) == "none":
+        assert protocols == {"PLAINTEXT"}
+        return
+    assert protocols <= {"SSL", "SASL_SSL"}
+    assert found["authorizer.class.name"].endswith(".StandardAuthorizer")
+    assert found["allow.everyone.if.no.acl.found"] == "false"
+
+
+def test_secrets_are_read_only_by_those_who_need_them(host: Host, secure: str) -> None:
+    admin = host.file(f"{CONFIG}/admin.properties")
+    assert (admin.user, admin.group, admin.mode) == ("root", "root", 0o600)
+    keystore = host.file(server_properties(host)["ssl.keystore.location"])
+    assert (keystore.user, keystore.group, keystore.mode) == ("root", "kafka", 0o640)
+    assert host.file(f"{CONFIG}/jaas.conf").exists == (secure == "plain")
+    assert host.run("ls /run/kafka-format.* /run/kafka-admin.*").stdout == ""
+
+
+def listeners(host: Host) -> dict[str, str]:
+    """Name and port of each listener."""
+    return dict(
+        re.findall(r"(\w+)://[^,]*?:(\d+)", server_properties(host)["advertised.listeners"])
+    )
+
+
+@pytest.mark.usefixtures("secure")
+def test_every_listener_speaks_only_new_tls_and_shows_the_certificate_on_disk(host: Host) -> None:
+    """Also after a renewal, which Kafka must have read."""
+    properties = server_properties(host)
+    name = re.findall(r"//([^:/,]+):", properties["advertised.listeners"])[0]
+    fingerprint = "openssl x509 -noout -fingerprint -sha256"
+    on_disk = host.check_output(f"{fingerprint} -in %s", properties["ssl.keystore.location"])
+    for listener, port in listeners(host).items():
+        connect = (
+            f"openssl s_client -connect {name}:{port} -verify_hostname {name}"
+            f" -CAfile {properties['ssl.truststore.location']} -verify_return_error"
+        )
+        shown = host.run(f"{connect} </dev/null | {fingerprint}")
+        assert shown.stdout.strip() == on_disk, f"{listener}: {shown.stderr}"
+        old = host.run(f"{connect} -tls1_1 -cipher DEFAULT@SECLEVEL=0 </dev/null")
+        assert "Cipher is (NONE)" in old.stdout, f"{listener} takes TLS 1.1"
+
+
+# Asks for the topics with no proof of who asks. 8 bytes with the request's number are an answer;
+# what TLS says to plain text is none.
+ASK = """
+import socket, ssl, struct, sys
+name, port, tls = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "tls"
+connection = socket.create_connection((name, port), 5)
+try:
+    if tls:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        connection = context.wrap_socket(connection)
+    request = struct.pack(">hhihi", 3, 1, 4711, -1, -1)
+    connection.sendall(struct.pack(">i", len(request)) + request)
+    answer = connection.recv(8)
+except OSError:
+    answer = b""
+print("answered" if answer[4:] == struct.pack(">i", 4711) else "refused")
+"""
+
+
+@pytest.mark.parametrize("layer", ["plain", "tls"])
+def test_only_who_proves_it_is_answered(host: Host, variables: dict[str, Any], layer: str) -> None:
+    name = re.findall(r"//([^:/,]+):", server_properties(host)["advertised.listeners"])[0]
+    found = {
+        listener: host.check_output("python3 -c %s %s %s %s", ASK, name, port, layer)
+        for listener, port in listeners(host).items()
+    }
+    if authentication(variables) == "none" and layer == "plain":
+        # The question is one that is answered.
+        assert found["PLAINTEXT"] == "answered"
+    else:
+        assert set(found.values()) == {"refused"}

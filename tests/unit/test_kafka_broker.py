@@ -1,0 +1,311 @@
+"""What the role kafka_broker makes of its variables: Ansible itself renders it, as a play would."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROLE = Path(__file__).parents[2] / "roles/kafka_broker"
+PASSWORD = "not/a-real=pass+word"
+SCRAM = {"kafka_broker_authentication": "scram", "kafka_broker_admin_password": PASSWORD}
+
+# As it was written before there was a choice: a running cluster must not be restarted by it.
+NONE = """\
+# Ansible managed
+advertised.listeners=PLAINTEXT://none-broker:9092,CONTROLLER://none-broker:9093
+auto.create.topics.enable=false
+controller.listener.names=CONTROLLER
+controller.quorum.auto.join.enable=true
+controller.quorum.bootstrap.servers=none-broker:9093
+default.replication.factor=1
+inter.broker.listener.name=PLAINTEXT
+listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT
+listeners=PLAINTEXT://:9092,CONTROLLER://:9093
+log.dirs=/var/lib/kafka/data
+min.insync.replicas=1
+node.id=1
+offsets.topic.replication.factor=1
+process.roles=broker,controller
+share.coordinator.state.topic.min.isr=1
+share.coordinator.state.topic.replication.factor=1
+transaction.state.log.min.isr=1
+transaction.state.log.replication.factor=1
+"""
+
+
+def alone(name: str, **variables: Any) -> dict[str, Any]:
+    members = {"kafka_broker_controllers": [name], "kafka_broker_brokers": [name]}
+    return {name: members | SCRAM | variables}
+
+
+def scattered() -> dict[str, Any]:
+    """A controller without broker, and brokers without controller."""
+    members = {"kafka_broker_controllers": ["c1"], "kafka_broker_brokers": ["b1", "b2"]}
+    return {name: members | SCRAM for name in ("c1", "b1", "b2")}
+
+
+HOSTS = {
+    **alone("none-broker", kafka_broker_authentication="none"),
+    **alone("scram-broker"),
+    **alone(
+        "plain-broker",
+        kafka_broker_authentication="plain",
+        kafka_broker_users=[{"name": "iot-producer", "password": "of-the-producer"}],
+    ),
+    **alone(
+        "mtls-broker", kafka_broker_authentication="mtls", kafka_broker_super_users=["monitoring"]
+    ),
+    **scattered(),
+}
+TEMPLATES = (
+    "server.properties",
+    "kafka.service",
+    "jaas.conf",
+    "admin.properties",
+    "host.properties",
+)
+
+
+def play(folder: Path, hosts: dict[str, Any], tasks: list[dict[str, Any]]) -> None:
+    """Run tasks with the role's variables, on hosts that are all this machine."""
+    folder.mkdir(exist_ok=True)
+    defaults = yaml.safe_load((ROLE / "defaults/main.yml").read_text())
+    known = {
+        "ansible_connection": "local",
+        "ansible_python_interpreter": sys.executable,
+        "kafka_broker_host_memory_mb": 1024,
+    }
+    inventory = {"all": {"hosts": hosts, "vars": defaults | known}}
+    (folder / "hosts.yml").write_text(json.dumps(inventory))
+    (folder / "templates").symlink_to(ROLE / "templates")
+    variables = [str(ROLE / "vars/main.yml")]
+    start = {"hosts": "all", "gather_facts": False, "vars_files": variables, "tasks": tasks}
+    (folder / "play.yml").write_text(json.dumps([start]))
+    program = shutil.which("ansible-playbook")
+    assert program, "the tools are not on PATH"
+    done = subprocess.run(
+        [program, f"--inventory={folder}/hosts.yml", str(folder / "play.yml")],
+        env={k: v for k, v in os.environ.items() if not k.startswith("ANSIBLE_")}
+        | {"ANSIBLE_FORKS": "4"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@dataclass
+class Rendered:
+    texts: dict[str, dict[str, str]]
+
+    def text(self, host: str, name: str) -> str:
+        return self.texts[host][name]
+
+    def properties(self, host: str, name: str = "server.properties") -> dict[str, str]:
+        lines = [n for n in self.text(host, name).splitlines() if n and not n.startswith("#")]
+        return dict(line.partition("=")[::2] for line in lines)
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Rendered:
+    folder = tmp_path_factory.mktemp("kafka-broker")
+    lookups = [f"lookup('ansible.builtin.template', '{name}.j2')" for name in TEMPLATES]
+    found = dict(zip(TEMPLATES, lookups, strict=True))
+    found["start inputs"] = (
+        "(_kafka_broker_start_inputs + _kafka_broker_secret_start_inputs) | join"
+    )
+    texts = ", ".join(f"'{name}': {expression}" for name, expression in found.items())
+    write = {
+        "ansible.builtin.copy": {
+            "content": f"{{{{ {{{texts}}} | to_json }}}}",
+            "dest": f"{folder}/{{{{ inventory_hostname }}}}.json",
+        }
+    }
+    play(folder / "play", HOSTS, [write])
+    return Rendered({host: json.loads((folder / f"{host}.json").read_text()) for host in HOSTS})
+
+
+def test_none_is_what_it_was(rendered: Rendered) -> None:
+    assert rendered.text("none-broker", "server.properties") == NONE
+    assert "java.security" not in rendered.text("none-broker", "kafka.service")
+
+
+SECURE = sorted(HOSTS.keys() - {"none-broker"})
+
+
+@pytest.mark.parametrize("host", SECURE)
+def test_nothing_is_plain_text_and_nothing_is_allowed_by_itself(
+    rendered: Rendered, host: str
+) -> None:
+    found = rendered.properties(host)
+    protocols = dict(pair.split(":") for pair in found["listener.security.protocol.map"].split(","))
+    assert set(protocols.values()) <= {"SSL", "SASL_SSL"}
+    assert protocols["CONTROLLER"] == "SSL"
+    assert found["listener.name.controller.ssl.client.auth"] == "required"
+    listeners = re.findall(r"(\w+)://", found["listeners"])
+    assert set(listeners) <= set(protocols)
+    assert set(found["ssl.enabled.protocols"].split(",")) == {"TLSv1.2", "TLSv1.3"}
+    assert found["ssl.endpoint.identification.algorithm"] == "https"
+    assert found["authorizer.class.name"].endswith(".StandardAuthorizer")
+    assert found["allow.everyone.if.no.acl.found"] == "false"
+
+
+def test_clients_have_passwords_and_brokers_certificates(rendered: Rendered) -> None:
+    for host, mechanism in {"scram-broker": "SCRAM-SHA-512", "plain-broker": "PLAIN"}.items():
+        found = rendered.properties(host)
+        assert found["listeners"] == "CLIENT://:9092,BROKER://:9094,CONTROLLER://:9093"
+        assert (
+            found["listener.security.protocol.map"] == "CONTROLLER:SSL,CLIENT:SASL_SSL,BROKER:SSL"
+        )
+        assert found["inter.broker.listener.name"] == "BROKER"
+        assert found["listener.name.broker.ssl.client.auth"] == "required"
+        assert found["sasl.enabled.mechanisms"] == mechanism
+        assert found["super.users"] == f"User:kafka;User:{host}"
+
+
+def test_with_mtls_all_have_certificates(rendered: Rendered) -> None:
+    found = rendered.properties("mtls-broker")
+    assert found["listeners"] == "CLIENT://:9092,CONTROLLER://:9093"
+    assert found["listener.security.protocol.map"] == "CONTROLLER:SSL,CLIENT:SSL"
+    assert found["inter.broker.listener.name"] == "CLIENT"
+    assert found["listener.name.client.ssl.client.auth"] == "required"
+    assert not [name for name in found if "sasl" in name]
+    assert found["super.users"] == "User:kafka;User:mtls-broker;User:monitoring"
+
+
+def test_each_part_has_the_listeners_of_its_own(rendered: Rendered) -> None:
+    controller, broker = rendered.properties("c1"), rendered.properties("b1")
+    assert controller["listeners"] == "CONTROLLER://:9093"
+    assert broker["listeners"] == "CLIENT://:9092,BROKER://:9094"
+    # Each knows all others, by their certificates.
+    assert (
+        controller["super.users"] == broker["super.users"] == "User:kafka;User:c1;User:b1;User:b2"
+    )
+    assert not [n for n in controller if n.startswith(("listener.name.broker", "sasl", "inter."))]
+
+
+@pytest.mark.parametrize("host", sorted(HOSTS))
+def test_passwords_stand_where_only_few_may_read(rendered: Rendered, host: str) -> None:
+    for name in ("server.properties", "kafka.service", "host.properties"):
+        text = rendered.text(host, name)
+        assert HOSTS[host]["kafka_broker_admin_password"] not in text
+        assert "of-the-producer" not in text
+
+
+def test_tools_come_as_the_admin(rendered: Rendered) -> None:
+    for host, login in {
+        "scram-broker": "ScramLoginModule",
+        "plain-broker": "PlainLoginModule",
+    }.items():
+        found = rendered.properties(host, "admin.properties")
+        assert found["security.protocol"] == "SASL_SSL"
+        assert found["sasl.jaas.config"].endswith(
+            f'.{login} required username="kafka" password="{PASSWORD}";'
+        )
+    found = rendered.properties("mtls-broker", "admin.properties")
+    assert found["security.protocol"] == "SSL"
+    assert (
+        found["ssl.keystore.location"]
+        == rendered.properties("mtls-broker")["ssl.keystore.location"]
+    )
+
+
+def test_users_of_plain_are_in_the_file_that_java_is_told_of(rendered: Rendered) -> None:
+    text = rendered.text("plain-broker", "jaas.conf")
+    assert re.findall(r'user_(\S+)="(.*?)"', text) == [
+        ("kafka", PASSWORD),
+        ("iot-producer", "of-the-producer"),
+    ]
+    assert text.count(";") == 2
+    unit = rendered.text("plain-broker", "kafka.service")
+    assert "-Djava.security.auth.login.config=/opt/kafka-" in unit
+    assert "java.security" not in rendered.text("scram-broker", "kafka.service")
+
+
+def test_another_password_restarts_only_where_brokers_read_it_at_their_start(
+    rendered: Rendered,
+) -> None:
+    assert PASSWORD not in rendered.text("scram-broker", "start inputs")
+    assert PASSWORD in rendered.text("plain-broker", "start inputs")
+    assert "of-the-producer" in rendered.text("plain-broker", "start inputs")
+
+
+@pytest.mark.parametrize(
+    "subject, user",
+    [
+        ("CN=broker", "broker"),
+        ("CN=broker.example.com,O=Example,C=NL", "broker.example.com"),
+        # What a careless authority might sign for somebody else.
+        ("O=Example,CN=broker", None),
+        ("CN=broker+OU=x,O=Example", None),
+        ("OU=x\\,CN=broker,O=Example", None),
+        ("CN=broker\\,O=Example", None),
+    ],
+)
+def test_a_certificate_is_the_user_of_its_common_name(
+    rendered: Rendered, subject: str, user: str | None
+) -> None:
+    rules = rendered.properties("scram-broker")["ssl.principal.mapping.rules"]
+    rule = re.fullmatch(r"RULE:(.*)/\$1/,DEFAULT", rules)
+    assert rule
+    found = re.match(rule[1], subject)
+    assert (found[1] if found else None) == user
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown": (
+        {"kafka_broker_authentication": "kerberos"},
+        'kafka_broker_authentication is "kerb',
+    ),
+    "no-password": ({"kafka_broker_admin_password": ""}, "(not set: 8 or more letters"),
+    "odd-password": ({"kafka_broker_admin_password": 'quote"inside'}, "(not shown: 8 or more"),
+    "admin-is-host": ({"kafka_broker_admin_user": "admin-is-host"}, "no host's name"),
+    "bad-user": (
+        {
+            "kafka_broker_authentication": "plain",
+            "kafka_broker_users": [{"name": "kafka", "password": PASSWORD}],
+        },
+        "kafka_broker_users names kafka",
+    ),
+    "no-certificate": (
+        {"kafka_broker_tls_certificate": "/nonexistent/host.pem"},
+        "/nonexistent/host.pem is missing on no-certificate",
+    ),
+}
+
+
+def test_what_cannot_work_is_refused_with_its_reason(tmp_path: Path) -> None:
+    for name in ("ca", "certificate", "key"):
+        (tmp_path / name).touch()
+    files = {f"kafka_broker_tls_{n}": str(tmp_path / n) for n in ("ca", "certificate", "key")}
+    hosts: dict[str, Any] = {}
+    for name, (variables, _) in WRONG.items():
+        hosts |= alone(name, **files | variables)
+    # Each differs from this one, which passes, in one thing alone.
+    hosts |= alone("right", **files)
+    answer = {"dest": f"{tmp_path}/{{{{ inventory_hostname }}}}"}
+    tasks: list[dict[str, Any]] = [
+        {
+            "block": [
+                {"ansible.builtin.include_tasks": str(ROLE / "tasks/preflight.yml")},
+                {"ansible.builtin.copy": answer | {"content": "passed"}},
+            ],
+            "rescue": [
+                {"ansible.builtin.copy": answer | {"content": "{{ ansible_failed_result.msg }}"}}
+            ],
+        }
+    ]
+    play(tmp_path / "play", hosts, tasks)
+    assert (tmp_path / "right").read_text() == "passed"
+    for name, (_, reason) in WRONG.items():
+        assert reason in (tmp_path / name).read_text()
+        assert 'quote"inside' not in (tmp_path / name).read_text()
