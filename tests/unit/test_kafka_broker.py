@@ -49,7 +49,7 @@ def alone(name: str, **variables: Any) -> dict[str, Any]:
 def scattered() -> dict[str, Any]:
     """A controller without broker, and brokers without controller."""
     members = {"kafka_broker_controllers": ["c1"], "kafka_broker_brokers": ["b1", "b2"]}
-    return {name: members | SCRAM for name in ("c1", "b1", "b2")}
+    return dict.fromkeys(("c1", "b1", "b2"), members | SCRAM)
 
 
 HOSTS = {
