@@ -77,6 +77,7 @@ def analysis(unit: str, folder: Path, most: float) -> subprocess.CompletedProces
         (4.0, "kafka_broker", "kafka.service.j2", {"_kafka_broker_jaas_options": []}),
         (4.0, "couchdb", "couchdb.service.j2", {}),
         (4.0, "couchdb", "couchdb.service.j2", {"couchdb_tls": True}),
+        (4.0, "couchdb", "hardening.conf.j2", {"couchdb_tls": True}),
         (4.0, "firewall", "iot-firewall.service.j2", {}),
     ],
 )
