@@ -64,13 +64,22 @@ def test_lets_other_hosts_in_as_their_groups_allow(
 ) -> None:
     """Seen from this host: the ports of all others."""
     own = variables.get("ansible_host", node.name)
-    for other in topology.nodes.values():
-        address = other.variables.get("ansible_host", other.name)
-        if other.name == node.name or "firewall_rules" not in other.variables:
-            continue
-        for port in PORTS:
-            # 0: connected; 1: refused by the host's kernel, so the firewall let it through; 124:
-            # no answer.
-            reached = host.run("timeout 2 bash -c %s", f"exec 3<>/dev/tcp/{address}/{port}")
-            let_in = reached.rc != 124 and "No route" not in reached.stderr
-            assert let_in == may_reach(other.variables, own, port), (other.name, port)
+    others = {
+        other.variables.get("ansible_host", other.name): other
+        for other in topology.nodes.values()
+        if other.name != node.name and "firewall_rules" in other.variables
+    }
+    # All at once: each that is dropped takes the whole two seconds. 0: connected; 1: refused by the
+    # host's kernel, so the firewall let it through; 124: no answer.
+    knocks = " ".join(
+        f"(timeout 2 bash -c 'exec 3<>/dev/tcp/{address}/{port}' 2>/dev/null; "
+        f"echo {address} {port} $?) &"
+        for address in others
+        for port in PORTS
+    )
+    answers = host.check_output(f"{knocks} wait").splitlines()
+    assert len(answers) == len(others) * len(PORTS)
+    for answer in answers:
+        address, port, status = answer.split()
+        expected = may_reach(others[address].variables, own, int(port))
+        assert (status != "124") == expected, (others[address].name, port)
