@@ -10,6 +10,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.kafka_access import (
+    SCRAM,
     Access,
     explain_connection,
     logs_in,
@@ -95,7 +96,6 @@ removed:
   type: list
 """
 
-MECHANISM = "SCRAM-SHA-512"
 NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 Existing = Mapping[str, frozenset[str]]
@@ -167,14 +167,14 @@ def make_plan(
     names = set()
     for user in declared:
         names.add(user.name)
-        if MECHANISM not in existing.get(user.name, ()):
+        if SCRAM not in existing.get(user.name, ()):
             plan.create.append(user)
         elif not is_right(user):
             plan.change.append(user)
     if keep is not None:
         for name, mechanisms in existing.items():
             # Of a declared user, only what could let it in with another password.
-            unknown = mechanisms - {MECHANISM} if name in names else mechanisms
+            unknown = mechanisms - {SCRAM} if name in names else mechanisms
             if unknown and name not in keep:
                 plan.remove[name] = unknown
     return plan
@@ -185,10 +185,10 @@ def diff_of(plan: Plan, existing: Existing) -> dict[str, str]:
     before: dict[str, dict[str, str]] = {}
     after: dict[str, dict[str, str]] = {}
     for user in plan.create:
-        after[user.name] = {MECHANISM: "the declared password"}
+        after[user.name] = {SCRAM: "the declared password"}
     for user in plan.change:
-        before[user.name] = {MECHANISM: "another password"}
-        after[user.name] = {MECHANISM: "the declared password"}
+        before[user.name] = {SCRAM: "another password"}
+        after[user.name] = {SCRAM: "the declared password"}
     for name, mechanisms in plan.remove.items():
         before.setdefault(name, {}).update(dict.fromkeys(mechanisms, "a password"))
         if mechanisms != existing[name]:
@@ -229,7 +229,7 @@ def carry_out(access: Access, plan: Plan) -> None:
     if written:
         alter(
             access.admin,
-            [UserScramCredentialUpsertion(u.name, MECHANISM, u.password) for u in written],
+            [UserScramCredentialUpsertion(u.name, SCRAM, u.password) for u in written],
         )
         for user in written:
             access.wait_until(
