@@ -1,19 +1,16 @@
 """Prints partitions and records of every topic as JSON. Runs on a host, in the apps' environment.
 
-Its one argument is the file of settings that names the broker.
+It connects as the audit does, so it sees the topics that the audit may read.
 """
 
 import json
-import sys
-from pathlib import Path
 
 from kafka import KafkaConsumer, TopicPartition
 
-settings = dict(
-    line.split("=", 1) for line in Path(sys.argv[1]).read_text().splitlines() if "=" in line
-)
-servers = settings["IOT_BOOTSTRAP_SERVERS"].strip('"').split(",")
-consumer = KafkaConsumer(bootstrap_servers=servers, enable_auto_commit=False)
+from iot_pipeline.kafka import client_options
+from iot_pipeline.settings import AuditSettings, load
+
+consumer = KafkaConsumer(**client_options(load(AuditSettings)), enable_auto_commit=False)
 topics = {}
 for topic in sorted(consumer.topics()):
     partitions = [

@@ -15,7 +15,6 @@ from iot_lab.hosts import Machine
 
 HERE = Path(__file__).parent
 RELEASE_PYTHON = "/opt/iot-pipeline/current/bin/python"
-STORAGE_SETTINGS = "/etc/iot-pipeline/iot-storage.env"
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def look_at_pipeline(machines: Sequence[Machine]) -> Pipeline:
         topics = pool.submit(
             remote.run,
             storage,
-            f"sudo {RELEASE_PYTHON} - {STORAGE_SETTINGS}",
+            f"sudo {RELEASE_PYTHON} -",
             script=(HERE / "probe_topics.py").read_text(),
         )
         audit = pool.submit(remote.run, storage, "sudo iot-pipeline audit --json")

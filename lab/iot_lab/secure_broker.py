@@ -79,7 +79,7 @@ def pipeline_acls(prefix: str = "") -> list[dict[str, Any]]:
     ]
     return [
         {
-            "principal": f"User:{user}",
+            "principals": [f"User:{user}"],
             "resource_type": kind,
             "resource_name": name,
             "operations": operations,
@@ -258,7 +258,7 @@ class SecureBroker(Broker):
         """
         acls = [
             ACL(
-                entry["principal"],
+                principal,
                 "*",
                 ACLOperation[operation.upper()],
                 ACLPermissionType.ALLOW,
@@ -269,6 +269,7 @@ class SecureBroker(Broker):
                 ),
             )
             for entry in entries
+            for principal in entry["principals"]
             for operation in entry["operations"]
         ]
         with self.admin() as admin:

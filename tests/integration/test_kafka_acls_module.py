@@ -69,7 +69,7 @@ def present(broker: SecureBroker) -> list[dict[str, Any]]:
         found, _ = admin.describe_acls(everything)
     return [
         {
-            "principal": acl.principal,
+            "principals": [acl.principal],
             "resource_type": acl.resource_pattern.resource_type.name.lower(),
             "resource_name": acl.resource_pattern.resource_name,
             "pattern": acl.resource_pattern.pattern_type.name.lower(),
@@ -85,13 +85,13 @@ def test_acls_through_their_life(module: Module, secure_broker: SecureBroker, na
     others = present(secure_broker)
     mine: list[dict[str, Any]] = [
         {
-            "principal": "User:somebody",
+            "principals": ["User:somebody"],
             "resource_type": "topic",
             "resource_name": name,
             "operations": ["read", "describe_configs"],
         },
         {
-            "principal": "User:somebody",
+            "principals": ["User:somebody"],
             "resource_type": "group",
             "resource_name": name,
             "pattern": "prefixed",
@@ -126,7 +126,7 @@ def test_one_mistake_and_nothing_is_changed(
 ) -> None:
     before = present(secure_broker)
     good = {
-        "principal": "User:somebody",
+        "principals": ["User:somebody"],
         "resource_type": "topic",
         "resource_name": name,
         "operations": ["read"],

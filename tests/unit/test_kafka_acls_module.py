@@ -30,7 +30,7 @@ kafka_acls = load()
 
 def entry(**changes: Any) -> dict[str, Any]:
     return {
-        "principal": "User:a",
+        "principals": ["User:a"],
         "resource_type": "topic",
         "resource_name": "images",
         "pattern": "literal",
@@ -45,7 +45,8 @@ def declared(*entries: dict[str, Any]) -> set[Any]:
     return found
 
 
-def test_an_entry_is_an_acl_for_each_operation_and_host() -> None:
+def test_an_entry_is_an_acl_for_each_principal_operation_and_host() -> None:
+    assert len(declared(entry(principals=["User:a", "User:b"]))) == 2
     found = declared(entry(operations=["READ", "write"], hosts=["10.0.0.1", "10.0.0.2"]))
     assert sorted(map(str, found)) == [
         "User:a: allow read on topic images from 10.0.0.1",
@@ -57,15 +58,15 @@ def test_an_entry_is_an_acl_for_each_operation_and_host() -> None:
 
 def test_missing_acls_are_added_and_others_left_alone() -> None:
     wanted = declared(entry(), entry(operations=["write"]))
-    existing = declared(entry(), entry(principal="User:b"))
+    existing = declared(entry(), entry(principals=["User:b"]))
     found = kafka_acls.make_plan(wanted, existing, remove_unknown=False)
     assert (found.add, found.remove) == (list(declared(entry(operations=["write"]))), [])
 
 
 def test_undeclared_acls_are_removed_when_told_but_our_own() -> None:
-    existing = declared(entry(), entry(principal="User:b"), entry(principal="User:kafka"))
+    existing = declared(entry(), entry(principals=["User:b"]), entry(principals=["User:kafka"]))
     found = kafka_acls.make_plan(declared(entry()), existing, remove_unknown=True, own="User:kafka")
-    assert (found.add, found.remove) == ([], list(declared(entry(principal="User:b"))))
+    assert (found.add, found.remove) == ([], list(declared(entry(principals=["User:b"]))))
 
 
 def test_the_same_twice_is_one() -> None:
@@ -74,7 +75,7 @@ def test_the_same_twice_is_one() -> None:
 
 def test_the_diff_shows_only_what_changes() -> None:
     wanted = declared(entry(), entry(pattern="prefixed", permission="deny"))
-    existing = declared(entry(), entry(principal="User:b"))
+    existing = declared(entry(), entry(principals=["User:b"]))
     diff = kafka_acls.diff_of(kafka_acls.make_plan(wanted, existing, remove_unknown=True))
     assert diff == {
         "before": "User:b: allow read on topic images\n",
@@ -85,7 +86,7 @@ def test_the_diff_shows_only_what_changes() -> None:
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"principal": "a"}, "written like User:iot-producer"),
+        ({"principals": ["User:b", "a"]}, "written like User:iot-producer"),
         ({"resource_name": ""}, "has no name"),
         ({"resource_type": "cluster", "operations": ["alter"]}, "name is kafka-cluster"),
         ({"resource_name": "*", "pattern": "prefixed"}, "set the pattern to literal"),
@@ -102,6 +103,6 @@ def test_wrong_declarations_are_told(changes: dict[str, Any], said: str) -> None
 def test_all_mistakes_are_told_at_once() -> None:
     with pytest.raises(ValueError, match=r"one on topic images: .* two on topic"):
         declared(
-            entry(principal="one", resource_name="images", operations=["fly"]),
-            entry(principal="two"),
+            entry(principals=["one"], resource_name="images", operations=["fly"]),
+            entry(principals=["two"]),
         )

@@ -37,9 +37,10 @@ options:
     elements: dict
     required: true
     suboptions:
-      principal:
+      principals:
         description: To whom, for instance C(User:iot-producer).
-        type: str
+        type: list
+        elements: str
         required: true
       resource_type:
         description: The kind of what it is granted on.
@@ -91,7 +92,7 @@ EXAMPLES = """
       password: "{{ kafka_admin_password }}"
       ca_file: /etc/ssl/iot-pipeline/ca.pem
     acls:
-      - principal: User:iot-producer
+      - principals: [User:iot-producer]
         resource_type: topic
         resource_name: iot-topic
         operations: [write]
@@ -160,13 +161,13 @@ def declared_acls(parameter: Iterable[Mapping[str, Any]]) -> set[Acl]:
     problems = []
     acls = set()
     for entry in parameter:
-        kind, name, principal = (
-            entry[key] for key in ("resource_type", "resource_name", "principal")
+        kind, name, principals = (
+            entry[key] for key in ("resource_type", "resource_name", "principals")
         )
-        where = f"{principal} on {kind} {name}"
+        where = f"{', '.join(principals)} on {kind} {name}"
         operations = [operation.lower() for operation in entry["operations"]]
         unknown = sorted(set(operations) - OPERATIONS[kind])
-        if not PRINCIPAL.fullmatch(principal):
+        if not all(PRINCIPAL.fullmatch(principal) for principal in principals):
             problems.append(f"{where}: a principal is written like User:iot-producer.")
         if not name:
             problems.append(f"{where}: the resource has no name.")
@@ -183,6 +184,7 @@ def declared_acls(parameter: Iterable[Mapping[str, Any]]) -> set[Acl]:
             problems.append(f'{where}: hosts is empty; for all hosts it is ["*"].')
         acls |= {
             Acl(principal, kind, name, entry["pattern"], operation, entry["permission"], host)
+            for principal in principals
             for operation in operations
             for host in entry["hosts"]
         }
@@ -330,7 +332,7 @@ def main() -> None:
                 "elements": "dict",
                 "required": True,
                 "options": {
-                    "principal": {"type": "str", "required": True},
+                    "principals": {"type": "list", "elements": "str", "required": True},
                     "resource_type": {
                         "type": "str",
                         "choices": list(OPERATIONS),
