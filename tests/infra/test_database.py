@@ -9,12 +9,13 @@ from testinfra.host import Host
 
 GROUP = "couchdb_servers"
 NETRC = "/root/.netrc-couchdb"
+CA = "/etc/ssl/iot-pipeline/ca.pem"
 
 
 def ask(host: Host, url: str, *options: str) -> tuple[int, Any]:
     """HTTP status and JSON answer. As an operator would ask, with curl."""
     answer = host.check_output(
-        f"curl --silent --show-error --max-time 10 {' '.join(options)} "
+        f"curl --silent --show-error --max-time 10 --cacert {CA} {' '.join(options)} "
         "--write-out '\n%%{http_code}' %s",
         url,
     )
@@ -98,6 +99,9 @@ def test_listens_only_where_told(host: Host, variables: dict[str, Any]) -> None:
     address = re.search(r"inet ([\d.]+)", own)
     assert address
     refused = host.run(
-        "curl --silent --max-time 5 http://%s:%s/", address[1], str(variables["couchdb_port"])
+        "curl --silent --max-time 5 %s://%s:%s/",
+        variables["couchdb_url"].partition(":")[0],
+        address[1],
+        str(variables["couchdb_port"]),
     )
     assert refused.rc == 7
