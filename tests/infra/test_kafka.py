@@ -15,7 +15,7 @@ CONFIG = "/opt/kafka/config"
 
 def authentication(variables: dict[str, Any]) -> str:
     """How clients prove who they are; the default is the role's."""
-    return str(variables.get("kafka_broker_authentication", "none"))
+    return str(variables.get("kafka_broker_authentication", "scram"))
 
 
 @pytest.fixture

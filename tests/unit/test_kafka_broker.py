@@ -54,7 +54,7 @@ def scattered() -> dict[str, Any]:
 
 HOSTS = {
     **alone("none-broker", kafka_broker_authentication="none"),
-    **alone("scram-broker"),
+    **alone("scram-broker", kafka_broker_rack="rack-1"),
     **alone(
         "plain-broker",
         kafka_broker_authentication="plain",
@@ -170,6 +170,11 @@ def test_clients_have_passwords_and_brokers_certificates(rendered: Rendered) -> 
         assert found["listener.name.broker.ssl.client.auth"] == "required"
         assert found["sasl.enabled.mechanisms"] == mechanism
         assert found["super.users"] == f"User:kafka;User:{host}"
+
+
+def test_a_rack_is_told_where_there_is_one(rendered: Rendered) -> None:
+    assert rendered.properties("scram-broker")["broker.rack"] == "rack-1"
+    assert "broker.rack" not in rendered.properties("plain-broker")
 
 
 def test_with_mtls_all_have_certificates(rendered: Rendered) -> None:
