@@ -214,6 +214,16 @@ def test_the_audit_without_an_acl_says_which(ungranted: Pipeline) -> None:
     assert f"user 'iot-audit' may not read it: {ungranted.image_topic}" in done.stderr
 
 
+def test_both_passwords_are_known_while_one_changes(
+    secure_pipeline: Pipeline, secure_broker: SecureBroker, tmp_path: Path
+) -> None:
+    both = f"next-one\n{secure_broker.passwords['iot-producer']}\n"
+    file = write_secret(tmp_path / "password", both)
+    app = secure_pipeline.produce("--count", "2", "--sasl-password-file", str(file)).start()
+    assert app.wait(40) == 0, app.output()
+    assert produced(secure_pipeline) == 2
+
+
 def set_password(broker: SecureBroker, user: str, password: str) -> None:
     """The broker's side of a new password."""
     change = UserScramCredentialUpsertion(user, ScramMechanism.SCRAM_SHA_512, password)

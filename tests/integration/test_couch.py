@@ -217,6 +217,9 @@ def test_a_new_password_is_taken_up(
         store.read(["a"])
     file.write_text(database.user[1] + "\n")
     assert store.read(["a"]) == {}
+    # While it is changed the file holds both, and the server knows either.
+    file.write_text(f"next\n{database.user[1]}\n")
+    assert connect(couchdb_password_file=str(file)).read(["a"]) == {}
 
 
 def test_a_password_file_must_be_there(connect: Callable[..., CouchDatabase]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from kafka.errors import KafkaConnectionError, SaslAuthenticationFailedError
 from kafka.net.sasl import get_sasl_mechanism
 
-from iot_pipeline.access import PasswordFile, Tls, find_problem, security_options
+from iot_pipeline.access import Tls, find_problem, security_options
 from iot_pipeline.errors import ConfigError
 from iot_pipeline.settings import ProduceSettings
 
@@ -55,18 +55,38 @@ def test_a_password_as_text_still_serves_other_clients() -> None:
 
 @pytest.mark.parametrize("text", [None, "", "\n", b"\xff"])
 def test_a_password_file_without_one_is_a_failure_to_try_again(
-    tmp_path: Path, text: str | bytes | None
+    settings: ProduceSettings, text: str | bytes | None
 ) -> None:
-    file = tmp_path / "password"
+    file = Path(settings.sasl_password_file)
+    file.unlink()
     if text is not None:
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(SaslAuthenticationFailedError, match="IOT_SASL_PASSWORD_FILE"):
-        PasswordFile(str(file)).read()
+        get_sasl_mechanism("PLAIN")(**security_options(settings) | {"sasl_mechanism": "PLAIN"})
 
 
-def test_a_password_may_hold_blanks(tmp_path: Path) -> None:
-    (tmp_path / "password").write_text(" a b \r\n")
-    assert PasswordFile(str(tmp_path / "password")).read() == " a b "
+def test_while_a_password_changes_clients_find_the_one_that_is_taken(
+    settings: ProduceSettings,
+) -> None:
+    Path(settings.sasl_password_file).write_text("new\nold\n")
+    options = security_options(settings) | {"sasl_mechanism": "PLAIN"}
+
+    def log_in(right: str) -> list[str]:
+        """What a client tries until it is let in."""
+        tried: list[str] = []
+        while right not in tried:
+            made = get_sasl_mechanism("PLAIN")(**options)
+            tried.append(made.auth_bytes().split(b"\0")[2].decode())
+            if tried[-1] == right:
+                made.receive(b"")
+        return tried
+
+    assert log_in("old") == ["new", "old"]
+    assert log_in("old") == ["old"], "it does not begin with the one that was taken"
+    assert log_in("new") == ["old", "new"]
+    assert log_in("new") == ["new"]
+    Path(settings.sasl_password_file).write_text("newest\n")
+    assert log_in("newest") == ["newest"]
 
 
 def test_certificates_that_cannot_be_used_are_an_outage(tmp_path: Path) -> None:

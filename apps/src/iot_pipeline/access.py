@@ -11,7 +11,6 @@ import socket
 import ssl
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from kafka.errors import (
@@ -26,6 +25,7 @@ from kafka.errors import (
     for_code,
 )
 from kafka.net.sasl import get_sasl_mechanism, register_sasl_mechanism
+from kafka.net.sasl.abc import SaslMechanism
 from kafka.net.sasl.plain import SaslMechanismPlain
 from kafka.net.sasl.scram import SaslMechanismScram
 from kafka.protocol.broker_version_data import BrokerVersionData
@@ -34,41 +34,32 @@ from kafka.protocol.parser import KafkaProtocol
 from kafka.protocol.sasl import SaslAuthenticateRequest, SaslHandshakeRequest
 
 from iot_pipeline.errors import ConfigError
+from iot_pipeline.passwords import PasswordFile
 from iot_pipeline.settings import Settings
 
 PROBE_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
-class PasswordFile:
-    """Stands for a password wherever kafka-python keeps one."""
-
-    path: str
-
-    def read(self) -> str:
-        """The password.
-
-        Raises:
-            SaslAuthenticationFailedError: there is none. It may be there in a moment, so this is
-                for the client to try again.
-        """
-        try:
-            text = Path(self.path).read_text(encoding="utf-8").strip("\r\n")
-        except (OSError, ValueError) as error:
-            raise SaslAuthenticationFailedError(f"IOT_SASL_PASSWORD_FILE: {error}") from error
-        if not text:
-            raise SaslAuthenticationFailedError(f"IOT_SASL_PASSWORD_FILE: {self.path} is empty")
-        return text
-
-
-class _WithPasswordFile:
+class _WithPasswordFile(SaslMechanism):  # type: ignore[misc] # it has no types
     """A mechanism, made anew for each connection, that reads the password only then."""
 
     def __init__(self, **config: Any) -> None:
         password = config["sasl_plain_password"]
-        if isinstance(password, PasswordFile):
-            config["sasl_plain_password"] = password.read()
+        self._file = password if isinstance(password, PasswordFile) else None
+        if self._file:
+            try:
+                self._place, config["sasl_plain_password"] = self._file.choose()
+            except (OSError, ValueError) as error:
+                # It may be there in a moment: this is for the client to try again.
+                raise SaslAuthenticationFailedError(f"IOT_SASL_PASSWORD_FILE: {error}") from error
         super().__init__(**config)
+
+    def receive(self, auth_bytes: bytes) -> Any:
+        """Take the server's answer; a refusal never comes this far."""
+        answer = super().receive(auth_bytes)
+        if self._file and self.is_authenticated():
+            self._file.keep(self._place)
+        return answer
 
 
 class _Scram(_WithPasswordFile, SaslMechanismScram):  # type: ignore[misc] # it has no types
@@ -183,13 +174,7 @@ def split_address(server: str) -> tuple[str, int]:
 def _problem_of(host: str, port: int, settings: Settings) -> str:
     problem = ""
     try:
-        with socket.create_connection((host, port), timeout=PROBE_SECONDS) as plain:
-            if not settings.uses_tls:
-                _Knock(settings, plain).come_in()
-            else:
-                tls = security_options(settings)["ssl_context"]
-                with tls.wrap_socket(plain, server_hostname=host) as encrypted:
-                    _Knock(settings, encrypted).come_in()
+        _log_in(host, port, settings)
     except ssl.SSLCertVerificationError as error:
         problem = certificate_problem(
             error, host, settings.tls_ca_file, "IOT_TLS_CA_FILE", "IOT_BOOTSTRAP_SERVERS"
@@ -209,6 +194,32 @@ def _problem_of(host: str, port: int, settings: Settings) -> str:
     except KafkaError as error:
         problem = str(error.args[0] if error.args else type(error).__name__)
     return problem
+
+
+def _log_in(host: str, port: int, settings: Settings) -> None:
+    """Come in with any of the passwords."""
+    options = security_options(settings)
+    try:
+        count = len(options["sasl_plain_password"].read()) if settings.uses_sasl else 1
+    except (OSError, ValueError):
+        count = 1  # which then says what is wrong with the file
+    for left in reversed(range(count)):
+        try:
+            _knock(host, port, settings, options)
+        except SaslAuthenticationFailedError:
+            if not left:
+                raise
+        else:
+            return
+
+
+def _knock(host: str, port: int, settings: Settings, options: dict[str, Any]) -> None:
+    with socket.create_connection((host, port), timeout=PROBE_SECONDS) as plain:
+        if not settings.uses_tls:
+            _Knock(settings, options, plain).come_in()
+        else:
+            with options["ssl_context"].wrap_socket(plain, server_hostname=host) as encrypted:
+                _Knock(settings, options, encrypted).come_in()
 
 
 def certificate_problem(
@@ -278,8 +289,9 @@ class _ClosedError(Exception):
 class _Knock:
     """One connection to one broker, up to the first answer that only who was let in gets."""
 
-    def __init__(self, settings: Settings, sock: socket.socket) -> None:
+    def __init__(self, settings: Settings, options: dict[str, Any], sock: socket.socket) -> None:
         self._settings = settings
+        self._options = options
         self._sock = sock
         self._until = time.monotonic() + PROBE_SECONDS
         self._parser = KafkaProtocol(client_id=f"{settings.SERVICE}-{socket.gethostname()}")
@@ -310,8 +322,7 @@ class _Knock:
                 f"does not take {wanted} on this port, but {taken}: check IOT_SASL_MECHANISM and "
                 "IOT_SECURITY_PROTOCOL"
             )
-        options = security_options(self._settings)
-        mechanism = get_sasl_mechanism(wanted)(**options)
+        mechanism = get_sasl_mechanism(wanted)(**self._options)
         while not mechanism.is_done():
             answer = self._ask(
                 SaslAuthenticateRequest(version=0, auth_bytes=mechanism.auth_bytes())

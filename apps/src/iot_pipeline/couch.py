@@ -12,7 +12,6 @@ import json
 import ssl
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -22,6 +21,7 @@ import orjson
 
 from iot_pipeline.access import Tls, certificate_problem
 from iot_pipeline.errors import ConfigError, InvalidMessage, Reason, SinkUnavailable
+from iot_pipeline.passwords import PasswordFile
 from iot_pipeline.schema import (
     STORED_AT,
     Document,
@@ -100,17 +100,18 @@ class CouchDatabase:
         session.connection_pool = _Connections(settings)
         url = f"{settings.couchdb_url.rstrip('/')}/{settings.couchdb_database}"
         self._database = couchdb.Database(couchdb.http.Resource(url, session))
-        self._refused = False
+        self._passwords = PasswordFile(settings.couchdb_password_file)
         self._read_credentials()
 
     def _read_credentials(self) -> None:
+        """Take the password whose turn it is."""
         if not self._settings.couchdb_user:
             return
         try:
-            text = Path(self._settings.couchdb_password_file).read_text(encoding="utf-8")
+            _, password = self._passwords.choose()
         except (OSError, ValueError) as error:
             raise ConfigError(f"IOT_COUCHDB_PASSWORD_FILE: {error}") from error
-        self._database.resource.credentials = (self._settings.couchdb_user, text.strip("\r\n"))
+        self._database.resource.credentials = (self._settings.couchdb_user, password)
 
     def merge_in(self, documents: Mapping[str, Document], alive: Callable[[], None]) -> Outcome:
         """Merge documents into what the database holds, and write what that changes.
@@ -248,18 +249,25 @@ class CouchDatabase:
     def _rows(self, **options: Any) -> list[dict[str, Any]]:
         return self._ask(lambda: list(self._database.view("_all_docs", **options).rows))
 
+    def _with_any_password(self, request: Callable[[], ResultT]) -> ResultT:
+        """Send a request with each password that the file has by now, until one is taken."""
+        refused = set()
+        while True:
+            try:
+                return request()
+            except couchdb.http.Unauthorized:
+                refused.add(self._database.resource.credentials)
+                with contextlib.suppress(ConfigError):
+                    self._read_credentials()
+                if self._database.resource.credentials in refused:
+                    raise
+
     def _ask(self, request: Callable[[], ResultT], *, may_refuse: bool = False) -> ResultT:
         """Send a request and turn what may go wrong into what is to be done about it."""
         settings = self._settings
-        if self._refused:
-            # The password may have been changed on both sides while we run.
-            with contextlib.suppress(ConfigError):
-                self._read_credentials()
-            self._refused = False
         try:
-            return request()
+            return self._with_any_password(request)
         except couchdb.http.Unauthorized as error:
-            self._refused = True
             raise SinkUnavailable(
                 f"{self._name} refuses user {settings.couchdb_user!r}: check IOT_COUCHDB_USER and "
                 "IOT_COUCHDB_PASSWORD_FILE"

@@ -106,7 +106,9 @@ class Settings(CommandSettings):
     )
     sasl_username: str = setting("", "Kafka user")
     sasl_password_file: str = setting(
-        "", "file that holds the Kafka user's password and nothing else", metavar="FILE"
+        "",
+        "file with the Kafka user's password; while it is changed, with both, one a line",
+        metavar="FILE",
     )
     tls_ca_file: str = setting(
         "",
@@ -380,7 +382,9 @@ class CouchSettings(CommandSettings):
     )
     couchdb_user: str = setting("", "CouchDB user; empty sends no credentials")
     couchdb_password_file: str = setting(
-        "", "file that holds the user's password and nothing else", metavar="FILE"
+        "",
+        "file with the user's password; while it is changed, with both, one a line",
+        metavar="FILE",
     )
     couchdb_ca_file: str = setting(
         "",
