@@ -290,6 +290,7 @@ class TlsFront:
         self.port = self._listener.getsockname()[1]
         self._threads = [threading.Thread(target=self._serve, daemon=True)]
         self._threads[0].start()
+        self._inside: list[ssl.SSLSocket] = []
 
     def _serve(self) -> None:
         while True:
@@ -308,6 +309,7 @@ class TlsFront:
                 inside = self._context.wrap_socket(plain, server_side=True)
             except OSError:  # the client does not trust us
                 return
+            self._inside.append(inside)
             with inside, socket.create_connection((host, int(port))) as outside:
                 back = threading.Thread(target=self._copy, args=(outside, inside), daemon=True)
                 back.start()
@@ -322,6 +324,11 @@ class TlsFront:
             sink.shutdown(socket.SHUT_WR)
         except OSError:
             pass
+
+    def hang_up(self) -> None:
+        """Close the connections that are open, as a server does with idle ones."""
+        for connection in self._inside:
+            connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
@@ -354,6 +361,10 @@ def test_the_database_over_tls(front: TlsFront, authority: Authority, database: 
     store = CouchDatabase(settings)
     outcome = store.merge_in({"a": {"_id": "a", "GroundTruth": "cat"}}, lambda: None)
     assert list(outcome.stored) == ["a"]
+    assert store.read(["a"])["a"]["GroundTruth"] == "cat"
+    # A connection that the server has closed while it was idle is not an outage.
+    front.hang_up()
+    time.sleep(0.1)
     assert store.read(["a"])["a"]["GroundTruth"] == "cat"
 
 

@@ -220,6 +220,11 @@ def test_a_new_password_is_taken_up(
     # While it is changed the file holds both, and the server knows either.
     file.write_text(f"next\n{database.user[1]}\n")
     assert connect(couchdb_password_file=str(file)).read(["a"]) == {}
+    # The same for one that runs already, with what has become the old password.
+    file.write_text("old\n")
+    store = connect(couchdb_password_file=str(file))
+    file.write_text(f"{database.user[1]}\nold\n")
+    assert store.read(["a"]) == {}
 
 
 def test_a_password_file_must_be_there(connect: Callable[..., CouchDatabase]) -> None:

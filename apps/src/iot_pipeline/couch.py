@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import select
 import ssl
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,17 +72,31 @@ class _Connections(couchdb.http.ConnectionPool):  # type: ignore[misc] # it has 
         self._tls = Tls(settings.couchdb_ca_file)
 
     def get(self, url: str) -> http.client.HTTPConnection:
-        """An open connection, idle or new."""
+        """An open connection, idle or new. Servers close idle ones after a few seconds."""
         parts = urlsplit(url)
-        if parts.scheme != "https" or self.conns.get((parts.scheme, parts.netloc)):
-            connection: http.client.HTTPConnection = super().get(url)
-            return connection
+        with self.lock:
+            idle = self.conns.get((parts.scheme, parts.netloc), [])
+            while idle and _is_closed(idle[-1]):
+                idle.pop().close()
+            has_idle = bool(idle)
+        if parts.scheme != "https" or has_idle:
+            found: http.client.HTTPConnection = super().get(url)
+            return found
         context = self._tls.context()
         connection = http.client.HTTPSConnection(
             parts.netloc, timeout=self.timeout, context=context
         )
         connection.connect()
         return connection
+
+
+def _is_closed(connection: http.client.HTTPConnection) -> bool:
+    """Whether the server has closed an idle connection: it has nothing else to say on one."""
+    if connection.sock is None:
+        return True
+    poll = select.poll()
+    poll.register(connection.sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 class CouchDatabase:
@@ -257,10 +272,16 @@ class CouchDatabase:
                 return request()
             except couchdb.http.Unauthorized:
                 refused.add(self._database.resource.credentials)
-                with contextlib.suppress(ConfigError):
-                    self._read_credentials()
-                if self._database.resource.credentials in refused:
+                if not self._find_password_not_in(refused):
                     raise
+
+    def _find_password_not_in(self, refused: Collection[tuple[str, str] | None]) -> bool:
+        with contextlib.suppress(ConfigError, OSError, ValueError):
+            for _ in self._passwords.read():
+                self._read_credentials()
+                if self._database.resource.credentials not in refused:
+                    return True
+        return False
 
     def _ask(self, request: Callable[[], ResultT], *, may_refuse: bool = False) -> ResultT:
         """Send a request and turn what may go wrong into what is to be done about it."""
