@@ -10,12 +10,13 @@ Leave the former out with `-m "not e2e"`.
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,16 @@ VARIABLES = (
     "couchdb_bind_address",
     "couchdb_database",
     "couchdb_distribution",
+    "couchdb_plain_port",
     "couchdb_port",
+    "couchdb_tls",
     "couchdb_url",
     "firewall_enabled",
     "firewall_rules",
     "firewall_ssh_sources",
     "inference_engine",
     "kafka_bootstrap_servers",
+    "kafka_broker_admin_user",
     "kafka_broker_authentication",
     "kafka_broker_bind_address",
     "kafka_broker_replication_port",
@@ -64,11 +68,23 @@ VARIABLES = (
     "kafka_resources_topics",
     "pipeline_dead_letter_topic",
     "pipeline_image_topic",
+    "pki_authority_certificate_file",
+    "pki_authority_dir",
+    "pki_authority_key_file",
     "pki_certificate_file",
     "pki_dir",
     "pki_enabled",
     "pki_renew_before_days",
     "vm_memory_mb",
+)
+
+# Passwords, by themselves or in a dictionary; see the fixture `secrets`.
+SECRETS = (
+    "couchdb_admin_password",
+    "couchdb_passwords",
+    "kafka_admin_password",
+    "kafka_passwords",
+    "pki_authority_key_passphrase",
 )
 
 UNSET = "not set in the inventory"
@@ -88,8 +104,17 @@ class Node:
 
 
 def read_inventory(source: str) -> dict[str, Node]:
-    """The hosts with their variables evaluated, which `ansible-inventory` does not do."""
-    names = ("group_names", *VARIABLES)
+    """The hosts, with what the tests need to know of each."""
+    found, problem = ask_inventory(source, ("group_names", *VARIABLES))
+    if problem or not found:
+        pytest.exit(f"no hosts found in {source}:\n{problem}", returncode=2)
+    return {
+        name: Node(name, tuple(known.pop("group_names")), known) for name, known in found.items()
+    }
+
+
+def ask_inventory(source: str, names: tuple[str, ...]) -> tuple[dict[str, dict[str, Any]], str]:
+    """Each host's variables, evaluated as `ansible-inventory` does not; and what went wrong."""
     looked_up = f"query('ansible.builtin.vars', *{names}, default='{UNSET}')"
     message = f"{{{{ dict({names} | zip({looked_up})) }}}}"
     done = subprocess.run(
@@ -109,15 +134,14 @@ def read_inventory(source: str) -> dict[str, Node]:
             "ANSIBLE_NOCOLOR": "true",
         },
     )
-    nodes = {}
-    for name, answer in re.findall(
-        r"^(\S+) \| SUCCESS => (\{.*?^\})", done.stdout, re.MULTILINE | re.DOTALL
-    ):
-        known = {key: value for key, value in json.loads(answer)["msg"].items() if value != UNSET}
-        nodes[name] = Node(name, tuple(known.pop("group_names")), known)
-    if done.returncode or not nodes:
-        pytest.exit(f"no hosts found in {source}:\n{done.stdout}{done.stderr}", returncode=2)
-    return nodes
+    answers = re.compile(r"^(\S+) \| SUCCESS => (\{.*?^\})", re.MULTILINE | re.DOTALL)
+    found = {
+        name: {key: value for key, value in json.loads(answer)["msg"].items() if value != UNSET}
+        for name, answer in answers.findall(done.stdout)
+    }
+    # Without the answers, which may hold secrets.
+    problem = answers.sub("", done.stdout) + done.stderr if done.returncode else ""
+    return found, problem
 
 
 NODES = pytest.StashKey[dict[str, Node]]()
@@ -135,8 +159,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    source = config.getoption("ansible_inventory") or str(ROOT / "inventory/couchdb")
-    config.stash[NODES] = read_inventory(source)
+    config.stash[NODES] = read_inventory(source_of(config))
+
+
+def source_of(config: pytest.Config) -> str:
+    """The inventory that the tests are for."""
+    return config.getoption("ansible_inventory") or str(ROOT / "inventory/couchdb")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -219,6 +247,60 @@ def host(node: Node, control_path: str) -> Host:
 def variables(node: Node) -> dict[str, Any]:
     """The inventory's variables of the host under test."""
     return node.variables
+
+
+@dataclass(frozen=True)
+class Secret:
+    """What a failed test must not show."""
+
+    value: str = field(repr=False)
+
+
+@pytest.fixture(scope="session")
+def secrets(pytestconfig: pytest.Config) -> dict[str, Secret]:
+    """The inventory's secrets that are set: of a dictionary, each as `name.key`."""
+    __tracebackhide__ = True
+    found, problem = ask_inventory(source_of(pytestconfig), SECRETS)
+    if problem:
+        pytest.fail(f"the inventory's secrets cannot be read:\n{problem}", pytrace=False)
+    flat: dict[str, Secret] = {}
+    for variables in found.values():
+        for name, value in variables.items():
+            entries = value.items() if isinstance(value, dict) else [("", value)]
+            flat |= {f"{name}.{key}".rstrip("."): Secret(text) for key, text in entries if text}
+    return flat
+
+
+Script = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def run_script() -> Script:
+    """Runs one of on_host/ on a host, as root, and returns what it answers to what it is asked.
+
+    Questions may hold secrets: they stand in no process's arguments.
+    """
+
+    def run(host: Host, name: str, asked: dict[str, Any], python: str = "python3") -> Any:
+        __tracebackhide__ = True
+        script = Path(__file__).with_name("on_host") / name
+        backend = host.backend
+        command = backend.get_command(f"{python} -c %s", script.read_text())
+        if backend.NAME == "ssh":
+            words, arguments = backend._build_ssh_command(command)
+            command = backend.quote(" ".join(words), *arguments)
+        done = subprocess.run(
+            shlex.split(command),
+            check=False,
+            capture_output=True,
+            text=True,
+            input=json.dumps(asked, default=lambda secret: secret.value),
+        )
+        if done.returncode:
+            pytest.fail(f"{name} failed on {backend.get_hostname()}:\n{done.stderr}", pytrace=False)
+        return json.loads(done.stdout)
+
+    return run
 
 
 @dataclass(frozen=True)

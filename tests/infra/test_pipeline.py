@@ -4,7 +4,6 @@ import datetime as dt
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,7 +66,8 @@ def test_documents_hold_image_and_prediction(topology: Any) -> None:
     url = f"{topology.variable('couchdb_url')}/{topology.variable('couchdb_database')}"
     # Ids sort by time, so these are the newest; the very last may still await its prediction.
     answer = server.check_output(
-        "curl --silent --fail --netrc-file /root/.netrc-couchdb %s",
+        "curl --silent --show-error --fail --netrc-file /root/.netrc-couchdb --cacert %s %s",
+        f"{topology.variable('pki_dir')}/ca.pem",
         f"{url}/_all_docs?include_docs=true&descending=true&limit=30",
     )
     documents = [row["doc"] for row in json.loads(answer)["rows"] if "GroundTruth" in row["doc"]]
@@ -80,36 +80,40 @@ def test_documents_hold_image_and_prediction(topology: Any) -> None:
         assert "@" in document["Model"]
 
 
-def test_broken_records_are_set_aside_and_the_next_image_is_not(topology: Any) -> None:
+REASONS = {
+    "invalid-base64",
+    "invalid-json",
+    "missing-field",
+    "not-an-image",
+    "too-many-pixels",
+    "truncated-image",
+}
+
+
+def test_broken_records_are_set_aside_and_the_next_image_is_not(
+    topology: Any, run_script: Callable[..., Any]
+) -> None:
     producer, storage = topology.first("producers"), topology.first("storage_nodes")
     before = topology.services()
     since = now()
-    images = topology.variable("pipeline_image_topic")
-    letters = json.loads(
-        producer.check_output(
-            f"{PYTHON} -c %s %s %s %s",
-            Path(__file__).with_name("send_broken_records.py").read_text(),
-            topology.variable("kafka_bootstrap_servers"),
-            images,
-            topology.variable("pipeline_dead_letter_topic"),
-        )
-    )
-    assert set(letters) == {
-        "invalid-base64",
-        "invalid-json",
-        "missing-field",
-        "not-an-image",
-        "too-many-pixels",
-        "truncated-image",
-    }
-    for reason, letter in letters.items():
-        assert letter["error.class"] == reason
-        assert letter["error.message"]
-        assert letter["stage"] in {"iot-inference", "iot-storage"}
-        assert letter["source.topic"] == images
-        assert letter["source.partition"].isdigit()
-        assert letter["source.offset"].isdigit()
-        assert letter["unchanged"] == "True"
+    read = "read_dead_letters.py"
+    ends = run_script(storage, read, {"after": {}, "keys": []}, PYTHON)["ends"]
+    sent = run_script(producer, "send_broken_records.py", {}, PYTHON)
+    assert set(sent) == REASONS
+    keys = [record["key"] for record in sent.values()]
+    found = run_script(storage, read, {"after": ends, "keys": keys}, PYTHON)
+    letters = {letter["key"]: letter for letter in found["letters"]}
+    assert set(letters) == set(keys)
+    for reason, record in sent.items():
+        letter = letters[record["key"]]
+        assert letter["value"] == record["value"]
+        headers = letter["headers"]
+        assert headers["error.class"] == reason
+        assert headers["error.message"]
+        assert headers["stage"] in {"iot-inference", "iot-storage"}
+        assert headers["source.topic"] == topology.variable("pipeline_image_topic")
+        assert headers["source.partition"].isdigit()
+        assert headers["source.offset"].isdigit()
 
     produce(producer, 5)
     seen = wait_for(
