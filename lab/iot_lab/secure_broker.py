@@ -24,6 +24,7 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from kafka.admin import (
     ACL,
@@ -103,7 +104,7 @@ class Authority:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._key: CertificateIssuerPrivateKeyTypes = ec.generate_private_key(ec.SECP256R1())
         public = self._key.public_key()
         usage = dict.fromkeys(_USAGES, False) | {"key_cert_sign": True, "crl_sign": True}
         now = dt.datetime.now(dt.UTC)
@@ -162,6 +163,18 @@ class Authority:
             ).decode(),
         )
         return identity
+
+
+class ExistingAuthority(Authority):
+    """One that is there already, with a key of EC or RSA; what it issues stands in a folder."""
+
+    def __init__(
+        self, folder: Path, certificate: Path, key: CertificateIssuerPrivateKeyTypes
+    ) -> None:
+        self._folder = folder
+        self._name = x509.load_pem_x509_certificate(certificate.read_bytes()).subject
+        self._key = key
+        self.certificate = certificate
 
 
 def write_secret(path: Path, text: str) -> Path:

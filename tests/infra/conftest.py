@@ -68,6 +68,7 @@ VARIABLES = (
     "kafka_resources_topics",
     "pipeline_dead_letter_topic",
     "pipeline_image_topic",
+    "pipeline_prediction_topic",
     "pki_authority_certificate_file",
     "pki_authority_dir",
     "pki_authority_key_file",
@@ -316,6 +317,10 @@ class Topology:
             if group in node.groups:
                 return connect(node, self.control_path)
         pytest.skip(f"the inventory has no host in {group}")
+
+    def host(self, node: Node) -> Host:
+        """A host of the inventory, as root."""
+        return connect(node, self.control_path)
 
     def services(self) -> dict[tuple[str, str], str]:
         """The invocation of every service, which changes when it is started anew."""

@@ -178,37 +178,3 @@ def test_every_listener_speaks_only_new_tls_and_shows_the_certificate_on_disk(ho
         assert shown.stdout.strip() == on_disk, f"{listener}: {shown.stderr}"
         old = host.run(f"{connect} -tls1_1 -cipher DEFAULT@SECLEVEL=0 </dev/null")
         assert "Cipher is (NONE)" in old.stdout, f"{listener} takes TLS 1.1"
-
-
-# Asks for the topics with no proof of who asks. 8 bytes with the request's number are an answer;
-# what TLS says to plain text is none.
-ASK = """
-import socket, ssl, struct, sys
-name, port, tls = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "tls"
-connection = socket.create_connection((name, port), 5)
-try:
-    if tls:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        connection = context.wrap_socket(connection)
-    request = struct.pack(">hhihi", 3, 1, 4711, -1, -1)
-    connection.sendall(struct.pack(">i", len(request)) + request)
-    answer = connection.recv(8)
-except OSError:
-    answer = b""
-print("answered" if answer[4:] == struct.pack(">i", 4711) else "refused")
-"""
-
-
-@pytest.mark.parametrize("layer", ["plain", "tls"])
-def test_only_who_proves_it_is_answered(host: Host, variables: dict[str, Any], layer: str) -> None:
-    name = re.findall(r"//([^:/,]+):", server_properties(host)["advertised.listeners"])[0]
-    found = {
-        listener: host.check_output("python3 -c %s %s %s %s", ASK, name, port, layer)
-        for listener, port in listeners(host).items()
-    }
-    if authentication(variables) == "none" and layer == "plain":
-        # The question is one that is answered.
-        assert found["PLAINTEXT"] == "answered"
-    else:
-        assert set(found.values()) == {"refused"}
