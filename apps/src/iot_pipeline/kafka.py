@@ -21,6 +21,7 @@ from kafka import KafkaConsumer, KafkaProducer
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.errors import (
     AuthorizationError,
+    ClusterAuthorizationFailedError,
     GroupAuthorizationFailedError,
     KafkaConfigurationError,
     KafkaError,
@@ -100,7 +101,7 @@ def describe_error(error: KafkaError, settings: Settings) -> str:
     return str(error) or type(error).__name__
 
 
-def not_allowed(error: AuthorizationError, settings: Settings, topic: str = "") -> ConfigError:
+def not_allowed(error: KafkaError, settings: Settings, topic: str = "") -> ConfigError:
     """What to grant after Kafka has refused something to who we are.
 
     Args:
@@ -501,7 +502,12 @@ class Sender:
             return SinkUnavailable(
                 f"topic {topic} does not exist: make it, or set its name ({text})"
             )
-        if isinstance(error, AuthorizationError):
+        # Who may write to no topic at all gets no id as an idempotent producer. The library tells so in
+        # the text of an error that is of no kind.
+        if (
+            isinstance(error, AuthorizationError)
+            or ClusterAuthorizationFailedError.__name__ in text
+        ):
             return not_allowed(error, self._settings, topic)
         problem = ""
         if isinstance(error, KafkaTimeoutError):
