@@ -192,9 +192,8 @@ def test_a_producer_that_may_write_to_no_topic_at_all_says_what_to_grant(
     who = ("--sasl-username", "iot-audit", "--sasl-password-file", str(file))
     app = secure_pipeline.produce("--count", "1", *who).start()
     assert app.wait(60) == Exit.CONFIG, app.output()
-    assert (
-        f"does not let user 'iot-audit' write to topic {secure_pipeline.image_topic}: grant it WRITE"
-    ) in app.output()
+    topic = secure_pipeline.image_topic
+    assert f"does not let user 'iot-audit' write to topic {topic}: grant it WRITE" in app.output()
 
 
 def test_a_consumer_waits_for_topics_that_it_may_not_see(

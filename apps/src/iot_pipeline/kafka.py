@@ -502,12 +502,10 @@ class Sender:
             return SinkUnavailable(
                 f"topic {topic} does not exist: make it, or set its name ({text})"
             )
-        # Who may write to no topic at all gets no id as an idempotent producer. The library tells so in
-        # the text of an error that is of no kind.
-        if (
-            isinstance(error, AuthorizationError)
-            or ClusterAuthorizationFailedError.__name__ in text
-        ):
+        # Who may write to no topic at all gets no id as an idempotent producer. The library tells so
+        # in the text of an error that is of no kind.
+        without_id = ClusterAuthorizationFailedError.__name__ in text
+        if without_id or isinstance(error, AuthorizationError):
             return not_allowed(error, self._settings, topic)
         problem = ""
         if isinstance(error, KafkaTimeoutError):
