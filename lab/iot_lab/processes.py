@@ -309,7 +309,8 @@ class Broker(Process):
     def _format_arguments(self) -> list[str]:
         """What Kafka's storage is formatted with, beside its settings."""
         cluster = base64.urlsafe_b64encode(secrets.token_bytes(16)).decode().rstrip("=")
-        return ["--standalone", "--cluster-id", cluster]
+        # In one word: the id may begin with a minus.
+        return ["--standalone", f"--cluster-id={cluster}"]
 
     def _format(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
