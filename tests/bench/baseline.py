@@ -32,10 +32,27 @@ IMAGES = os.environ["IOT_IMAGE_TOPIC"]
 PREDICTIONS = os.environ["IOT_PREDICTION_TOPIC"]
 
 
+def connection() -> dict[str, Any]:
+    """Where the brokers are and, where they ask, who we are."""
+    options: dict[str, Any] = {
+        "bootstrap_servers": SERVERS,
+        "security_protocol": os.environ.get("IOT_SECURITY_PROTOCOL", "PLAINTEXT"),
+        "ssl_cafile": os.environ.get("IOT_TLS_CA_FILE") or None,
+        "ssl_certfile": os.environ.get("IOT_TLS_CERTIFICATE_FILE") or None,
+        "ssl_keyfile": os.environ.get("IOT_TLS_KEY_FILE") or None,
+    }
+    if options["security_protocol"] == "SASL_SSL":
+        options["sasl_mechanism"] = os.environ["IOT_SASL_MECHANISM"]
+        options["sasl_plain_username"] = os.environ["IOT_SASL_USERNAME"]
+        password_file = Path(os.environ["IOT_SASL_PASSWORD_FILE"])
+        options["sasl_plain_password"] = password_file.read_text().strip()
+    return options
+
+
 def messages(*topics: str) -> Iterator[Any]:
     consumer = KafkaConsumer(
         *topics,
-        bootstrap_servers=SERVERS,
+        **connection(),
         group_id=os.environ["IOT_GROUP_ID"],
         auto_offset_reset="earliest",
         value_deserializer=json.loads,
@@ -79,7 +96,7 @@ def infer() -> Iterator[None]:
 
     network, labels, prepare = load_model()
     producer = KafkaProducer(
-        bootstrap_servers=SERVERS, value_serializer=lambda value: json.dumps(value).encode()
+        **connection(), value_serializer=lambda value: json.dumps(value).encode()
     )
     for message in messages(IMAGES):
         image = Image.open(io.BytesIO(base64.b64decode(message.value["Data"]))).convert("RGB")
@@ -101,6 +118,8 @@ def infer() -> Iterator[None]:
 def store() -> Iterator[None]:
     import couchdb
 
+    if os.environ.get("IOT_COUCHDB_CA_FILE"):
+        os.environ["SSL_CERT_FILE"] = os.environ["IOT_COUCHDB_CA_FILE"]
     server = couchdb.Server(os.environ["IOT_COUCHDB_URL"])
     server.resource.credentials = (
         os.environ["IOT_COUCHDB_USER"],

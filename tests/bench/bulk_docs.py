@@ -15,12 +15,14 @@ import http.client
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from kafka import KafkaConsumer
 
+from iot_pipeline.access import Tls
+from iot_pipeline.kafka import client_options
+from iot_pipeline.passwords import PasswordFile
 from iot_pipeline.schema import (
     STORED_AT,
     ImageMessage,
@@ -39,7 +41,7 @@ def documents(settings: StoreSettings, count: int) -> list[dict[str, Any]]:
     consumer = KafkaConsumer(
         settings.image_topic,
         settings.prediction_topic,
-        bootstrap_servers=settings.bootstrap_servers.split(","),
+        **client_options(settings),
         enable_auto_commit=False,
         auto_offset_reset="earliest",
         consumer_timeout_ms=10_000,
@@ -60,15 +62,24 @@ def documents(settings: StoreSettings, count: int) -> list[dict[str, Any]]:
     return sorted(filter(is_complete, found.values()), key=lambda each: str(each["_id"]))
 
 
+def connect(settings: StoreSettings) -> http.client.HTTPConnection:
+    """A connection that is kept, as storage's is."""
+    parts = urlsplit(settings.couchdb_url)
+    host = parts.hostname or ""
+    if parts.scheme == "https":
+        context = Tls(settings.couchdb_ca_file).context()
+        return http.client.HTTPSConnection(host, parts.port, timeout=60, context=context)
+    return http.client.HTTPConnection(host, parts.port, timeout=60)
+
+
 def main() -> None:
     count, size = int(sys.argv[1]), int(sys.argv[2])
     settings = load(StoreSettings)
     made = documents(settings, count)
-    parts = urlsplit(settings.couchdb_url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 5984, timeout=60)
+    connection = connect(settings)
     headers = {"Content-Type": "application/json"}
     if settings.couchdb_user:
-        password = Path(settings.couchdb_password_file).read_text().strip("\r\n")
+        _, password = PasswordFile(settings.couchdb_password_file).choose()
         credentials = base64.b64encode(f"{settings.couchdb_user}:{password}".encode()).decode()
         headers["Authorization"] = f"Basic {credentials}"
     began, used = time.monotonic(), time.process_time()

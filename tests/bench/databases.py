@@ -8,6 +8,7 @@ import base64
 import http.client
 import json
 import netrc
+import ssl
 import sys
 from collections.abc import Iterator
 from datetime import datetime
@@ -22,7 +23,7 @@ PAGE = 1000  # documents
 class Server:
     """The database server, as its admin."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, ca_file: str) -> None:
         parts = urlsplit(url)
         host = parts.hostname or ""
         found = netrc.netrc(NETRC).authenticators(host)
@@ -34,7 +35,13 @@ class Server:
             "Accept": "application/json",
             "Content-Type": "application/json",
         }
-        self._connection = http.client.HTTPConnection(host, parts.port or 5984, timeout=60)
+        if parts.scheme == "https":
+            context = ssl.create_default_context(cafile=ca_file or None)
+            self._connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+                host, parts.port, timeout=60, context=context
+            )
+        else:
+            self._connection = http.client.HTTPConnection(host, parts.port, timeout=60)
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         text = None if body is None else json.dumps(body)
@@ -83,7 +90,7 @@ def latencies(server: Server, name: str) -> dict[str, list[float]]:
 
 def main() -> None:
     request = json.load(sys.stdin)
-    server = Server(request["url"])
+    server = Server(request["url"], request["ca_file"])
     name = request.get("name", PREFIX)
     if not name.startswith(PREFIX):
         raise ValueError(f"{name} is not the benchmark's")

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from iot_lab import hosts, paths, remote
@@ -24,6 +25,8 @@ APPS_PYTHON = "/opt/iot-pipeline/current/bin/python"
 TOPICS = "iot-bench-"
 DATABASES = "iot_bench_"
 METRICS_PORT = 19100
+ADMIN_SETTINGS = "/opt/kafka/config/admin.properties"
+"""What Kafka's tools connect with as the administrator, where the brokers ask who one is."""
 
 SERVICES = {
     "producer": ("producers", "iot-producer"),
@@ -122,6 +125,7 @@ class Lab:
             self.hosts[role] = Host(machine)
         self._number = 0
         self._databases = 0
+        self._kafka_python = ""
 
     @property
     def _apps(self) -> list[tuple[Host, str]]:
@@ -156,6 +160,7 @@ class Lab:
             host.ask("units", {"action": "prepare", "services": [service]})
             host.settings = host.ask("effective_settings", python=APPS_PYTHON)[service]
         self.remove()
+        self._ask_topics("grant", principals=[self._principal(role) for role in APPS])
 
     def restore(self) -> list[str]:
         """Remove all that was made and start the services again.
@@ -164,17 +169,16 @@ class Lab:
         """
         problems = self.stop_units()
 
-        def attempt(host: Host, script: str, request: Mapping[str, Any], python: str) -> None:
+        def attempt(remove: Callable[[], object]) -> None:
             try:
-                host.ask(script, request, python)
+                remove()
             except (LabError, ValueError) as error:
                 problems.append(str(error))
 
-        storage = self.hosts["storage"]
-        attempt(storage, "topics", self._topics_request("remove", prefix=TOPICS), APPS_PYTHON)
-        attempt(storage, "databases", self._database_request("remove"), SYSTEM_PYTHON)
+        attempt(lambda: self._ask_topics("remove", prefix=TOPICS))
+        attempt(lambda: self.ask_database("remove"))
         for host in self.hosts.values():
-            attempt(host, "units", {"action": "restore"}, SYSTEM_PYTHON)
+            attempt(partial(host.ask, "units", {"action": "restore"}))
             with suppress(LabError):
                 host.run(f"sudo rm -rf {FOLDER}")
         return problems
@@ -190,11 +194,10 @@ class Lab:
         return problems
 
     def remove(self, prefix: str = TOPICS) -> None:
-        """Remove topics and groups by prefix and, with the default one, all databases too."""
-        storage = self.hosts["storage"]
-        storage.ask("topics", self._topics_request("remove", prefix=prefix), APPS_PYTHON)
+        """Remove topics and groups by prefix; with the default one, rights and databases too."""
+        self._ask_topics("remove", prefix=prefix)
         if prefix == TOPICS:
-            storage.ask("databases", self._database_request("remove"))
+            self.ask_database("remove")
 
     def ask_units(self, role: str, request: Mapping[str, Any], timeout: float = 120) -> Any:
         """Run tests/bench/units.py on a role's host."""
@@ -208,19 +211,16 @@ class Lab:
             "partitions": partitions,
             "like": self.hosts["storage"].settings[like],
         }
-        request = self._topics_request("create", topics=[topic])
-        self.hosts["storage"].ask("topics", request, APPS_PYTHON)
+        self._ask_topics("create", topics=[topic])
         return full
 
     def records(self, topic: str) -> int:
         """Count the records of a topic."""
-        request = self._topics_request("records", topic=topic)
-        return int(self.hosts["storage"].ask("topics", request, APPS_PYTHON))
+        return int(self._ask_topics("records", topic=topic))
 
     def values(self, topic: str, count: int) -> list[str]:
         """Return the values of some records of a topic."""
-        request = self._topics_request("values", topic=topic, count=count)
-        found: list[str] = self.hosts["storage"].ask("topics", request, APPS_PYTHON)
+        found: list[str] = self.program("storage", {"IOT_IMAGE_TOPIC": topic}, "values", str(count))
         return found
 
     def create_database(self) -> str:
@@ -237,13 +237,29 @@ class Lab:
         request = self._database_request(action, name)
         return self.hosts["storage"].ask("databases", request, timeout=timeout)
 
-    def _topics_request(self, action: str, **more: Any) -> dict[str, Any]:
+    def _principal(self, role: str) -> str:
+        """Who a role's app is to the brokers: its user or, where it has none, its host."""
+        host = self.hosts[role]
+        return f"User:{host.settings['IOT_SASL_USERNAME'] or host.machine.name}"
+
+    def _ask_topics(self, action: str, **more: Any) -> Any:
+        """Run an action of tests/bench/topics.py as the administrator.
+
+        Only brokers' hosts have an administrator's settings. The role kafka_resources has left
+        there what speaks to Kafka.
+        """
+        broker = self.hosts["broker"]
+        if not self._kafka_python:
+            newest, *_ = broker.run("ls -t /opt/kafka-resources/*/complete").split()
+            self._kafka_python = newest.replace("complete", "bin/python")
         servers = self.hosts["storage"].settings.get("IOT_BOOTSTRAP_SERVERS", "")
-        return {"action": action, "servers": servers.split(","), **more}
+        request = {"action": action, "servers": servers.split(","), "admin": ADMIN_SETTINGS}
+        return broker.ask("topics", {**request, **more}, self._kafka_python)
 
     def _database_request(self, action: str, name: str = DATABASES) -> dict[str, Any]:
-        url = self.hosts["storage"].settings.get("IOT_COUCHDB_URL", "")
-        return {"action": action, "url": url, "name": name}
+        settings = self.hosts["storage"].settings
+        url, ca_file = (settings.get(f"IOT_COUCHDB_{what}", "") for what in ("URL", "CA_FILE"))
+        return {"action": action, "url": url, "ca_file": ca_file, "name": name}
 
     def unit(
         self,

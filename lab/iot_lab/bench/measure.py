@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from iot_lab.bench import figures
-from iot_lab.bench.access import FOLDER, TOPICS, Job, Lab
+from iot_lab.bench.access import ADMIN_SETTINGS, FOLDER, TOPICS, Job, Lab
 from iot_lab.console import say
 from iot_lab.shell import LabError
 
@@ -399,6 +399,10 @@ class Measurement:
         self._plain["record_bytes"] = figures.significant(size)
         broker = self._lab.hosts["broker"]
         broker.run(f"sudo tee {FOLDER}/payload >/dev/null", script="\n".join(values))
+        # The tool connects as the administrator does. It runs as Kafka's user, who alone can read
+        # how; in its arguments everybody could.
+        settings = f"$(test -e {ADMIN_SETTINGS} && echo {ADMIN_SETTINGS} || echo /dev/null)"
+        broker.run(f"sudo install -m 0400 -o kafka -g kafka {settings} {FOLDER}/client.properties")
         return f"{len(values)} records of {size:,.0f} bytes on average"
 
     def _producer(self) -> str:
@@ -427,10 +431,11 @@ class Measurement:
         cores = f"0-{producer.machine.cpus - 1}"
         words = [
             *("sudo systemd-run --quiet --wait --pipe --collect --unit=iot-bench-perf-test",),
-            *("--property=User=nobody", "taskset", "--cpu-list", cores),
+            *("--property=User=kafka", "taskset", "--cpu-list", cores),
             "/opt/kafka/bin/kafka-producer-perf-test.sh",
             *("--topic", topic, "--num-records", str(count), "--throughput", "-1"),
             *("--warmup-records", str(count // 5), "--payload-file", f"{FOLDER}/payload"),
+            *("--command-config", f"{FOLDER}/client.properties"),
             *("--command-property", *properties),
         ]
         said = self._lab.hosts["broker"].run(*words, timeout=300)
