@@ -48,6 +48,14 @@ READY_TIMEOUT = 90.0  # seconds; a busy machine loads torch slowly
 STOP_TIMEOUT = 30.0  # seconds from SIGTERM to SIGKILL
 TAIL_LINES = 20
 
+QUICK_JAVA = {
+    "KAFKA_HEAP_OPTS": "-Xmx512m -Xms128m",
+    # Compiling thoroughly pays off after minutes; here a quick start counts.
+    "KAFKA_JVM_PERFORMANCE_OPTS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+}
+LASTING_JAVA = {"KAFKA_HEAP_OPTS": "-Xmx512m -Xms512m"}
+"""As on hosts: Kafka's own options, and a heap of one size."""
+
 _socket_numbers = itertools.count()
 
 
@@ -244,7 +252,7 @@ def _program(name: str, package: str) -> str:
 class Broker(Process):
     """A Kafka node that is broker and controller in one."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, java: Mapping[str, str] = QUICK_JAVA) -> None:
         _program("java", "default-jre-headless")
         self.home = _unpacked(kafka_archive())
         self._port, self._controller_port = free_port(), free_port()
@@ -253,12 +261,7 @@ class Broker(Process):
             "kafka",
             folder,
             [str(self.home / "bin" / "kafka-server-start.sh"), str(self._settings)],
-            {
-                "LOG_DIR": str(folder / "kafka-logs"),
-                "KAFKA_HEAP_OPTS": "-Xmx512m -Xms128m",
-                # Compiling thoroughly pays off after minutes; here a quick start counts.
-                "KAFKA_JVM_PERFORMANCE_OPTS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
-            },
+            {"LOG_DIR": str(folder / "kafka-logs"), **java},
         )
 
     @property

@@ -35,7 +35,7 @@ from kafka.admin import (
     ResourceType,
 )
 
-from iot_lab.processes import LOOPBACK, Broker, free_port, wait_for
+from iot_lab.processes import LOOPBACK, QUICK_JAVA, Broker, free_port, wait_for
 
 ADMIN = "kafka"
 USERS = ("iot-producer", "iot-inference", "iot-storage", "iot-audit")
@@ -187,8 +187,8 @@ def write_secret(path: Path, text: str) -> Path:
 class SecureBroker(Broker):
     """A node with TLS on all of its listeners, users, and the StandardAuthorizer."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, java: Mapping[str, str] = QUICK_JAVA) -> None:
+        super().__init__(folder, java)
         self._mutual_port = free_port()
         self.passwords = {name: secrets.token_urlsafe(24) for name in (ADMIN, *USERS)}
         self.authority = Authority(folder / "tls")

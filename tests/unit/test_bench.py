@@ -206,6 +206,15 @@ def found() -> dict[str, Any]:
             "perf_test_large_batches_records_per_second": each(40000),
             "perf_test_uncompressed_records_per_second": each(30000),
         },
+        "tls": {
+            side: {
+                "records_per_second": each(rate),
+                "producer_cpu_us": each(45),
+                "broker_cpu_us": each(10),
+                "login_ms": each(3),
+            }
+            for side, rate in (("plaintext", 20000), ("tls", 18000))
+        },
         "latency_ms": {
             pace: {"p50": 20, "p95": 40, "p99": 60, "images": 100} for pace in ("1", "10", "50")
         },
@@ -231,6 +240,7 @@ def test_ratios(found: dict[str, Any]) -> None:
         "engine_vs_eager_best": 5,
         "storage_of_bulk_docs": 0.9,
         "producer_of_perf_test": 0.25,
+        "producer_tls_of_plaintext": 0.9,
         "inference_vs_baseline": 18,
     }
 
@@ -249,12 +259,13 @@ def test_ratios_of_what_was_not_measured_are_left_out(found: dict[str, Any]) -> 
         "inference_of_ceiling_default",
         "storage_of_bulk_docs",
         "producer_of_perf_test",
+        "producer_tls_of_plaintext",
     }
 
 
 def test_bars_say_what_is_met(found: dict[str, Any]) -> None:
     missed = [bar.what for bar in page.bars(found) if not bar.met]
-    assert len(page.bars(found)) == 11
+    assert len(page.bars(found)) == 12
     assert missed == [
         "Inference drain to ceiling, openvino int8 (`inference_of_ceiling_default`)",
         "Producer to `kafka-producer-perf-test.sh` (`producer_of_perf_test`)",
@@ -279,7 +290,8 @@ def test_the_page_shows_the_figures(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ["ceiling", "inference", "baseline", "storage", "producer", "latency_ms", "scaling"]
+    "part",
+    ["ceiling", "inference", "baseline", "storage", "producer", "tls", "latency_ms", "scaling"],
 )
 def test_a_page_of_some_parts(found: dict[str, Any], part: str) -> None:
     del found[part]

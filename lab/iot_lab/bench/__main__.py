@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from iot_lab import paths
+from iot_lab import paths, setup
 from iot_lab.bench import measure, page
 from iot_lab.bench.access import Lab
 from iot_lab.console import Colour, duration, paint, say
@@ -100,6 +100,9 @@ def _measure(chosen: argparse.Namespace, words: list[str]) -> int:
     folder = chosen.output or (PARTIAL if chosen.only else DOCS)
     lab = Lab(os.environ.get("TOPOLOGY") or "couchdb")
     lab.check()
+    if "tls" in parts:
+        # It runs the apps here.
+        setup.setup("demo")
     started = time.monotonic()
     found: dict[str, Any] = {
         "made": {

@@ -220,6 +220,11 @@ def ratios(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         lambda: found["producer"]["perf_test_records_per_second"],
     )
     put(
+        "producer_tls_of_plaintext",
+        lambda: found["tls"]["tls"]["records_per_second"],
+        lambda: found["tls"]["plaintext"]["records_per_second"],
+    )
+    put(
         "inference_vs_baseline",
         lambda: drain("default"),
         lambda: found["baseline"]["inference_images_per_second"],

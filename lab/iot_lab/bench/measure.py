@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
+import statistics
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from iot_lab import paths
 from iot_lab.bench import figures
-from iot_lab.bench.access import ADMIN_SETTINGS, FOLDER, TOPICS, Job, Lab
+from iot_lab.bench.access import ADMIN_SETTINGS, FOLDER, SCRIPTS, TOPICS, Job, Lab
 from iot_lab.console import say
-from iot_lab.shell import LabError
+from iot_lab.shell import LabError, answer
 
 PARTS = {
     "ceiling": "the engine alone on the inference host",
@@ -20,6 +23,7 @@ PARTS = {
     "baseline": "the plain consumer that such projects use",
     "storage": "both topics to the database, against a bare loop of _bulk_docs",
     "producer": "the producer, against kafka-producer-perf-test.sh",
+    "tls": "the producer over TLS with a login, against plaintext, on this machine",
     "scaling": "1, 2 and 4 partitions and inference workers",
     "latency": "from produced to stored with its prediction, at 1, 10 and 50 images/s",
     "memory": "resident memory over many images",
@@ -114,12 +118,13 @@ class Measurement:
         """
         wanted = set(self._options.parts)
         planned = []
-        if wanted - {"ceiling", "latency", "memory"}:
+        if wanted - {"ceiling", "tls", "latency", "memory"}:
             planned.append(self._fill_step(PARTITIONS))
         planned += self._engine_steps(wanted)
         for part, make in (
             ("storage", self._storage_steps),
             ("producer", self._producer_steps),
+            ("tls", self._tls_steps),
             ("scaling", self._scaling_steps),
             ("latency", self._latency_steps),
             ("memory", self._memory_steps),
@@ -176,6 +181,12 @@ class Measurement:
                 for name in PERF_TESTS
             ]
         return planned
+
+    def _tls_steps(self) -> list[Step]:
+        records, repetitions = self._options.records, self._options.repetitions
+        seconds = 60 + repetitions * (4 + records / 8000)
+        title = f"producer over TLS and in the clear, {repetitions} times"
+        return [Step(title, seconds, self._tls)]
 
     def _scaling_steps(self) -> list[Step]:
         seconds = self._options.seconds
@@ -443,6 +454,22 @@ class Measurement:
         self._keep(rate, "producer", f"{name}_records_per_second")
         self._lab.remove(topic)
         return f"{rate:,.0f} records/s, {compression}"
+
+    def _tls(self) -> str:
+        """Compare on brokers of this machine: the lab's has no port without TLS."""
+        options = self._options
+        words = ["--count", str(options.records), "--rounds", str(options.repetitions)]
+        python, script = paths.APPS / "bin" / "python", SCRIPTS / "tls_cost.py"
+        found = json.loads(answer(str(python), str(script), *words).splitlines()[-1])
+        for side, measured in found.items():
+            for name, values in measured.items():
+                for value in values:
+                    self._keep(value, "tls", side, name)
+        ours, theirs = (found[side]["records_per_second"] for side in ("tls", "plaintext"))
+        return (
+            f"{statistics.median(ours):,.0f} records/s, "
+            f"in the clear {statistics.median(theirs):,.0f}"
+        )
 
     def _scaling(self, workers: int) -> str:
         goal, topic = self._options.images, f"{TOPICS}images-{workers}"

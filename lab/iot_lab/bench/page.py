@@ -48,6 +48,7 @@ def bars(found: Found) -> list[Bar]:
     at_least(f"{default} to eager torch, each at its best batch", "engine_vs_eager_best", 4)
     at_least("Storage drain to bare `_bulk_docs` loop", "storage_of_bulk_docs", 0.80)
     at_least("Producer to `kafka-producer-perf-test.sh`", "producer_of_perf_test", 0.40)
+    at_least("Producer over TLS to plaintext", "producer_tls_of_plaintext", 0.75)
     at_least("Inference drain to the plain consumer's", "inference_vs_baseline", 10)
     latency = found.get("latency_ms", {}).get("10")
     if latency:
@@ -103,6 +104,7 @@ def render(found: Found) -> str:
         _inference(found),
         _storage(found),
         _producer(found),
+        _tls(found),
         _latency(found),
         _scaling(found),
         _memory(found),
@@ -334,6 +336,30 @@ many cores as the producer's host has ({cores["producer"]}); its first fifth war
 counted. The ratio is that to the tool's own batches, up to 16 kB. The app, whose batches are of up
 to 256 kB, makes each message itself."""
     return f"## Producer\n\n{_prose(text)}\n\n{_rows(['', 'records/s'], rows)}"
+
+
+def _tls(found: Found) -> str:
+    sides = found.get("tls")
+    if not sides:
+        return ""
+    names = {"plaintext": "plaintext, nobody is asked", "tls": "TLS 1.3, SCRAM-SHA-512, ACLs"}
+    columns = ("records_per_second", "producer_cpu_us", "broker_cpu_us", "login_ms")
+    rows = [
+        [name, *(_spread(sides[side][column]) for column in columns)]
+        for side, name in names.items()
+    ]
+    header = ["", "records/s", "producer µs a record", "broker µs a record", "ms to log in"]
+    text = f"""{found["settings"]["bench"]["producer_records"]:,} records a run, on this machine
+without hosts ([tests/bench/tls_cost.py](../tests/bench/tls_cost.py)): the lab's broker has no port
+without TLS. Two brokers that differ in nothing else take records in turn from `iot-pipeline produce
+--interval 0`, which has one core for itself. Microseconds are of CPU. A login is that of one
+connection, from nothing to the first answer that only a known client gets; an app keeps its
+connections."""
+    return f"""## What TLS and a login cost
+
+{_prose(text)}
+
+{_rows(header, rows)}"""
 
 
 def _latency(found: Found) -> str:
