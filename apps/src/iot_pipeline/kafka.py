@@ -502,7 +502,7 @@ class Sender:
             return SinkUnavailable(
                 f"topic {topic} does not exist: make it, or set its name ({text})"
             )
-        # Who may write to no topic at all gets no id as an idempotent producer. The library tells so
+        # Who may write to no topic at all gets no id as an idempotent producer. The library says so
         # in the text of an error that is of no kind.
         without_id = ClusterAuthorizationFailedError.__name__ in text
         if without_id or isinstance(error, AuthorizationError):
