@@ -126,8 +126,8 @@ def doors(node: Any) -> list[Door]:
     if "couchdb_servers" in node.groups:
         at, tls = known["couchdb_bind_address"], known.get("couchdb_tls", False)
         found.append(Door(at, known["couchdb_port"], "http", "password", tls))
-        if tls and known.get("couchdb_distribution", "apache") == "apache":
-            # CouchDB cannot close it.
+        if tls and known.get("couchdb_distribution") != "standin":
+            # The official server cannot close it.
             port = known.get("couchdb_plain_port", 5984)
             found.append(Door(at, port, "http", "password", tls=False))
     return found

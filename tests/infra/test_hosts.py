@@ -44,7 +44,11 @@ def expected_sockets(groups: tuple[str, ...], variables: dict[str, Any]) -> set[
     if "kafka_controllers" in groups:
         expected.add((kafka, variables["kafka_controller_port"]))
     if "couchdb_servers" in groups:
-        expected.add((variables["couchdb_bind_address"], variables["couchdb_port"]))
+        address = variables["couchdb_bind_address"]
+        expected.add((address, variables["couchdb_port"]))
+        if variables.get("couchdb_tls") and variables.get("couchdb_distribution") != "standin":
+            # The official server cannot close it.
+            expected.add((address, variables.get("couchdb_plain_port", 5984)))
     for group, port in {"producers": 9101, "inference_nodes": 9102, "storage_nodes": 9103}.items():
         if group in groups:
             expected.add(("127.0.0.1", port))

@@ -26,7 +26,7 @@ def headers(who: str, settings: CouchSettings) -> dict[str, str]:
     app, _, wrong = who.partition("'s ")
     if app in APPS:
         password = (
-            "made-up" if wrong else Path(settings.couchdb_password_file).read_text().split()[0]
+            "made-up" if wrong else Path(settings.couchdb_password_file).read_text().splitlines()[0]
         )
         login = f"{settings.couchdb_user}:{password}".encode()
         found["Authorization"] = f"Basic {base64.b64encode(login).decode()}"
