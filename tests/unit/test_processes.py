@@ -57,11 +57,14 @@ def test_settings_of_other_pipelines_do_not_reach_it(
 
 def test_it_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
     script = f"""
-import pathlib, os, signal, sys
+import pathlib, os, signal, sys, time
 sys.path[:0] = {sys.path!r}
 from iot_lab.processes import Process
 folder = pathlib.Path({str(tmp_path)!r})
 process = Process("child", folder, ["/bin/sleep", "60"], {{}}).start()
+# Before that it has not told the kernel yet.
+while pathlib.Path(f"/proc/{{process.pid}}/comm").read_text() != "sleep\\n":
+    time.sleep(0.01)
 (folder / "pid").write_text(str(process.pid))
 os.kill(os.getpid(), signal.SIGKILL)
 """
