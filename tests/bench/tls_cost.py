@@ -1,6 +1,6 @@
 """What TLS and a login cost the producer: in the clear, then with TLS and SCRAM, over and over.
 
-    .lab/venv/apps/bin/python tests/bench/tls_cost.py [--count N] [--rounds N]
+    .lab/venv/tools/bin/python tests/bench/tls_cost.py [--count N] [--rounds N]
 
 Starts two brokers of its own on loopback that differ in nothing else, and lets `iot-pipeline
 produce --interval 0` send images to them in turn. The producer has a core for itself, the brokers
@@ -26,6 +26,7 @@ from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "lab"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "apps" / "src"))
 
 from iot_lab.processes import APPS, LASTING_JAVA, PARTITIONS, Broker
 from iot_lab.secure_broker import SecureBroker

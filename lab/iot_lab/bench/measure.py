@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from iot_lab import paths
 from iot_lab.bench import figures
 from iot_lab.bench.access import ADMIN_SETTINGS, FOLDER, SCRIPTS, TOPICS, Job, Lab
 from iot_lab.console import say
@@ -459,8 +459,8 @@ class Measurement:
         """Compare on brokers of this machine: the lab's has no port without TLS."""
         options = self._options
         words = ["--count", str(options.records), "--rounds", str(options.repetitions)]
-        python, script = paths.APPS / "bin" / "python", SCRIPTS / "tls_cost.py"
-        found = json.loads(answer(str(python), str(script), *words).splitlines()[-1])
+        script = str(SCRIPTS / "tls_cost.py")
+        found = json.loads(answer(sys.executable, script, *words).splitlines()[-1])
         for side, measured in found.items():
             for name, values in measured.items():
                 for value in values:
