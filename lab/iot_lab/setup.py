@@ -41,6 +41,8 @@ HOSTS = (
 )
 TORCH = ("libopenblas0-pthread", "python3-torch", "python3-torchvision")
 # Training draws some of its images, and a test looks at how.
+# Another client than ours, for the tests.
+CLIENTS = {"test": ("kcat",)}
 FONTS = ("fonts-noto-color-emoji",)
 
 PROFILES = {
@@ -108,6 +110,7 @@ def _missing(profile: str) -> list[str]:
         wanted += TORCH
     if profile in {"test", "train"}:
         wanted += FONTS
+    wanted += CLIENTS.get(profile, ())
     missing = set(wanted) - _installed(wanted)
     if profile in {"lab", "test"} and not NEWEST_KEYRING.exists():
         missing.add("debian-archive-keyring")
