@@ -104,23 +104,32 @@ class Node:
         return sorted({unit for group, unit in UNITS.items() if group in self.groups})
 
 
-def read_inventory(source: str) -> dict[str, Node]:
+def read_inventory(config: pytest.Config) -> dict[str, Node]:
     """The hosts, with what the tests need to know of each."""
-    found, problem = ask_inventory(source, ("group_names", *VARIABLES))
+    found, problem = ask_inventory(config, ("group_names", *VARIABLES))
     if problem or not found:
-        pytest.exit(f"no hosts found in {source}:\n{problem}", returncode=2)
+        pytest.exit(f"no hosts found in {source_of(config)}:\n{problem}", returncode=2)
     return {
         name: Node(name, tuple(known.pop("group_names")), known) for name, known in found.items()
     }
 
 
-def ask_inventory(source: str, names: tuple[str, ...]) -> tuple[dict[str, dict[str, Any]], str]:
+def source_of(config: pytest.Config) -> str:
+    """The inventory that the tests are for."""
+    return config.getoption("ansible_inventory") or str(ROOT / "inventory/couchdb")
+
+
+def ask_inventory(
+    config: pytest.Config, names: tuple[str, ...]
+) -> tuple[dict[str, dict[str, Any]], str]:
     """Each host's variables, evaluated as `ansible-inventory` does not; and what went wrong."""
     looked_up = f"query('ansible.builtin.vars', *{names}, default='{UNSET}')"
     message = f"{{{{ dict({names} | zip({looked_up})) }}}}"
     done = subprocess.run(
         [
-            *(Path(sys.executable).with_name("ansible"), "all", f"--inventory={source}"),
+            *(Path(sys.executable).with_name("ansible"), "all"),
+            f"--inventory={source_of(config)}",
+            *(f"--extra-vars={given}" for given in config.getoption("extra_vars")),
             *("--module-name=ansible.builtin.debug", f"--args={json.dumps({'msg': message})}"),
         ],
         check=False,
@@ -157,15 +166,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         help="TCP port on which hosts may listen besides ssh and the pipeline's (monitoring, …)",
     )
+    parser.addoption(
+        "--extra-vars",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="what site.yml was run with, if anything: kafka_authentication=mtls",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[NODES] = read_inventory(source_of(config))
-
-
-def source_of(config: pytest.Config) -> str:
-    """The inventory that the tests are for."""
-    return config.getoption("ansible_inventory") or str(ROOT / "inventory/couchdb")
+    config.stash[NODES] = read_inventory(config)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -261,7 +272,7 @@ class Secret:
 def secrets(pytestconfig: pytest.Config) -> dict[str, Secret]:
     """The inventory's secrets that are set: of a dictionary, each as `name.key`."""
     __tracebackhide__ = True
-    found, problem = ask_inventory(source_of(pytestconfig), SECRETS)
+    found, problem = ask_inventory(pytestconfig, SECRETS)
     if problem:
         pytest.fail(f"the inventory's secrets cannot be read:\n{problem}", pytrace=False)
     flat: dict[str, Secret] = {}
