@@ -10,6 +10,7 @@ after it has looked at who writes; a topic is asked for with `validate_only`.
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,13 @@ from kafka.admin import (
     ResourcePatternFilter,
     ResourceType,
 )
-from kafka.errors import AuthorizationError, KafkaError, MessageSizeTooLargeError, NoError
+from kafka.errors import (
+    AuthorizationError,
+    KafkaError,
+    MessageSizeTooLargeError,
+    NoError,
+    RetriableError,
+)
 
 from iot_pipeline.kafka import client_options
 from iot_pipeline.settings import COMMANDS, CommandSettings, load
@@ -31,6 +38,9 @@ from iot_pipeline.settings import COMMANDS, CommandSettings, load
 SETTINGS: dict[str, type[CommandSettings]] = {
     command.settings.SERVICE: command.settings for command in COMMANDS
 }
+
+# A partition or a group may be moving from one broker to another.
+TRIES = 5
 
 
 def write(options: dict[str, Any], topic: str, size: int) -> None:
@@ -116,13 +126,20 @@ def attempts(asked: dict[str, Any]) -> dict[str, tuple[Callable[..., None], tupl
 
 
 def outcome(attempt: Callable[..., None], *arguments: Any) -> str:
-    try:
-        attempt(*arguments)
-    except AuthorizationError:
-        return "refused"
-    except (KafkaError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "granted"
+    found = ""
+    for _ in range(TRIES):
+        try:
+            attempt(*arguments)
+        except AuthorizationError:
+            return "refused"
+        except (KafkaError, ValueError) as error:
+            found = f"{type(error).__name__}: {error}"
+            if not isinstance(error, RetriableError):
+                break
+        else:
+            return "granted"
+        time.sleep(1)
+    return found
 
 
 def main(asked: dict[str, Any]) -> None:
