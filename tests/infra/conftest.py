@@ -7,6 +7,7 @@ Tests marked e2e send images and a few broken records through the pipeline; the 
 Leave the former out with `-m "not e2e"`.
 """
 
+import datetime as dt
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -351,6 +353,31 @@ class Topology:
 @pytest.fixture(scope="session")
 def topology(pytestconfig: pytest.Config, control_path: str) -> Topology:
     return Topology(pytestconfig.stash[NODES], control_path)
+
+
+class Audit:
+    """The audit of what is produced from now on."""
+
+    def __init__(self, storage: Host) -> None:
+        self._storage = storage
+        self._since = dt.datetime.now(dt.UTC).isoformat(timespec="microseconds")
+
+    def wait(self, images: int, seconds: float = 60) -> dict[str, Any]:
+        """What it says once so many images are all stored and predicted, or the time is up."""
+        until = time.monotonic() + seconds
+        command = f"iot-pipeline audit --json --since {self._since}"
+        while True:
+            seen: dict[str, Any] = json.loads(self._storage.run(command).stdout)
+            whole = seen["produced"] >= images and not seen["pending"] and not seen["missing"]
+            if whole or time.monotonic() > until:
+                return seen
+            time.sleep(1)
+
+
+@pytest.fixture
+def audit(topology: Topology) -> Audit:
+    """The audit of what is produced during the test."""
+    return Audit(topology.first("storage_nodes"))
 
 
 def services_of(arguments: dict[str, Any]) -> list[tuple[Host, str]]:

@@ -1,8 +1,6 @@
 """Images from one end to the other."""
 
-import datetime as dt
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +12,6 @@ PYTHON = "/opt/iot-pipeline/current/bin/python"
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 
-def now() -> str:
-    return dt.datetime.now(dt.UTC).isoformat(timespec="microseconds")
-
-
 def produce(host: Host, count: int) -> None:
     """Sends images with the settings of the host's own service, beside it."""
     host.check_output(
@@ -27,32 +21,9 @@ def produce(host: Host, count: int) -> None:
     )
 
 
-def audit(host: Host, since: str) -> dict[str, Any]:
-    """The audit of what was produced since then."""
-    found: dict[str, Any] = json.loads(
-        host.run("iot-pipeline audit --json --since %s", since).stdout
-    )
-    return found
-
-
-def wait_for(
-    look: Callable[[], dict[str, Any]], good: Callable[[dict[str, Any]], bool], seconds: float = 60
-) -> dict[str, Any]:
-    """Looks until it is good or the time is up, and returns what was seen last."""
-    deadline = time.monotonic() + seconds
-    while not good(seen := look()) and time.monotonic() < deadline:
-        time.sleep(1)
-    return seen
-
-
-def test_every_image_is_stored_and_predicted_once(topology: Any) -> None:
-    producer, storage = topology.first("producers"), topology.first("storage_nodes")
-    since = now()
-    produce(producer, 20)
-    seen = wait_for(
-        lambda: audit(storage, since),
-        lambda a: a["produced"] >= 20 and not a["pending"] and not a["missing"],
-    )
+def test_every_image_is_stored_and_predicted_once(topology: Any, audit: Any) -> None:
+    produce(topology.first("producers"), 20)
+    seen = audit.wait(20)
     # The producer's own service may have sent a few more.
     assert seen["produced"] >= 20
     assert (seen["pending"], seen["missing"], seen["duplicated"]) == (0, 0, 0)
@@ -91,11 +62,10 @@ REASONS = {
 
 
 def test_broken_records_are_set_aside_and_the_next_image_is_not(
-    topology: Any, run_script: Callable[..., Any]
+    topology: Any, audit: Any, run_script: Callable[..., Any]
 ) -> None:
     producer, storage = topology.first("producers"), topology.first("storage_nodes")
     before = topology.services()
-    since = now()
     read = "read_dead_letters.py"
     ends = run_script(storage, read, {"after": {}, "keys": []}, PYTHON)["ends"]
     sent = run_script(producer, "send_broken_records.py", {}, PYTHON)
@@ -116,10 +86,7 @@ def test_broken_records_are_set_aside_and_the_next_image_is_not(
         assert headers["source.offset"].isdigit()
 
     produce(producer, 5)
-    seen = wait_for(
-        lambda: audit(storage, since),
-        lambda a: a["produced"] >= 5 and not a["pending"] and not a["missing"],
-    )
+    seen = audit.wait(5)
     assert seen["missing"] == 0
     assert seen["predicted"] >= 5
     assert topology.services() == before, "a service was started anew over a broken record"
