@@ -1,12 +1,12 @@
 """What TLS and a login cost the producer: in the clear, then with TLS and SCRAM, over and over.
 
-    .lab/venv/tools/bin/python tests/bench/tls_cost.py [--count N] [--rounds N]
+    .lab/venv/tools/bin/python tests/bench/tls_cost.py [--count N] [--rounds N] [--warm-up N]
 
 Starts two brokers of its own on loopback that differ in nothing else, and lets `iot-pipeline
 produce --interval 0` send images to them in turn. The producer has a core for itself, the brokers
 have the others. Nothing counts before the brokers are warm: until Java has compiled its encryption
 for good, which takes some 150,000 records, a broker spends several times as much on TLS. Prints
-figures by side and round as JSON; CPU is in microseconds a record.
+figures by side and round as JSON; CPU is in microseconds a record, the producer's start included.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "apps" / "src"))
 
 from iot_lab.processes import APPS, LASTING_JAVA, PARTITIONS, Broker
 from iot_lab.secure_broker import SecureBroker
+from iot_lab.shell import stop_on_signals
 from iot_pipeline.access import find_problem
 from iot_pipeline.settings import ProduceSettings, load
 
 USER = "iot-producer"
 TOPIC_LIMIT = 1_100_000  # bytes, as in the lab's inventory
-WARM_UP = 300_000  # records
 LOGINS = 20
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -101,7 +101,9 @@ class Side:
         return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS
 
 
-def measure(folder: Path, count: int, rounds: int) -> dict[str, dict[str, list[float]]]:
+def measure(
+    folder: Path, count: int, rounds: int, warm_up: int
+) -> dict[str, dict[str, list[float]]]:
     """Find the figures of both sides, by round."""
     core, *others = sorted(os.sched_getaffinity(0))
     # The brokers inherit it.
@@ -113,14 +115,18 @@ def measure(folder: Path, count: int, rounds: int) -> dict[str, dict[str, list[f
         written = {"principals": [f"User:{USER}"], "resource_type": "topic"}
         tls.allow([{**written, "resource_name": "*", "operations": ["write"]}])
         sides = {"plaintext": Side(plain, core), "tls": Side(tls, core)}
-        for side in sides.values():
-            side.produce(WARM_UP)
-        for side in in_turn(list(sides.values()), rounds):
-            side.keep({**side.produce(count), "login_ms": side.log_in()})
+        for name, side in sides.items():
+            print(f"warming the broker up: {name}", file=sys.stderr, flush=True)
+            side.produce(warm_up)
+        for name, side in in_turn(list(sides.items()), rounds):
+            figures = {**side.produce(count), "login_ms": side.log_in()}
+            side.keep(figures)
+            rate = figures["records_per_second"]
+            print(f"{name}: {rate:,.0f} records/s", file=sys.stderr, flush=True)
         return {name: side.found for name, side in sides.items()}
 
 
-def in_turn(sides: list[Side], rounds: int) -> Iterator[Side]:
+def in_turn(sides: list[tuple[str, Side]], rounds: int) -> Iterator[tuple[str, Side]]:
     """All sides in each round, in the other order than in the one before."""
     for _ in range(rounds):
         yield from sides
@@ -132,9 +138,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what TLS and SCRAM cost the producer.")
     parser.add_argument("--count", type=int, default=100_000, help="records of a run (100000)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds (3)")
+    parser.add_argument(
+        "--warm-up", type=int, default=300_000, help="records before anything counts (300000)"
+    )
     options = parser.parse_args()
+    # So that brokers end and nothing of them is left.
+    stop_on_signals()
     with tempfile.TemporaryDirectory(prefix="iot-tls-cost-") as name:
-        found = measure(Path(name), options.count, options.rounds)
+        found = measure(Path(name), options.count, options.rounds, options.warm_up)
     print(json.dumps(found))
 
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -156,6 +157,27 @@ def test_topics_are_made_like_others_read_and_removed(bench: Bench) -> None:
         assert name not in admin.list_topics()
         assert group not in [found["group_id"] for found in admin.list_groups()]
         assert pipeline.image_topic in admin.list_topics()
+
+
+def test_the_cost_of_tls_has_two_sides() -> None:
+    # On brokers of its own: they begin cold, and end with the script.
+    words = ["--count", "200", "--rounds", "2", "--warm-up", "200"]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / "tls_cost.py"), *words],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.keys() == {"plaintext", "tls"}
+    names = {"records_per_second", "producer_cpu_us", "broker_cpu_us", "login_ms"}
+    for side in found.values():
+        assert side.keys() == names
+        assert all(len(values) == 2 and min(values) > 0 for values in side.values()), side
+    # A handshake and the proof of a password take both ends milliseconds.
+    assert min(found["tls"]["login_ms"]) > max(found["plaintext"]["login_ms"])
 
 
 def test_rights_are_granted_for_the_time_of_the_benchmark(

@@ -176,7 +176,12 @@ def found() -> dict[str, Any]:
             "producer": {"IOT_COMPRESSION": "lz4"},
             "inference": {"IOT_MAX_BATCH_SIZE": 32, "IOT_THREADS": 2},
             "storage": {"IOT_MAX_BATCH_SIZE": 500},
-            "bench": {"images": 20000, "producer_records": 60000, "repetitions": 3},
+            "bench": {
+                "images": 20000,
+                "producer_records": 60000,
+                "repetitions": 3,
+                "tool_warm_up": 9,
+            },
         },
         "ceiling": {
             "torch fp32": {

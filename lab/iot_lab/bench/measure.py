@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from iot_lab import paths
 from iot_lab.bench import figures
 from iot_lab.bench.access import ADMIN_SETTINGS, FOLDER, SCRIPTS, TOPICS, Job, Lab
 from iot_lab.console import say
-from iot_lab.shell import LabError, answer
+from iot_lab.shell import LabError, logged
 
 PARTS = {
     "ceiling": "the engine alone on the inference host",
@@ -44,6 +45,8 @@ PAYLOADS = 500
 DELIVERED_BY_STORAGE = 2  # records for each document: the image, and its prediction
 # What `iot-pipeline produce` gives its client where no pace is asked for.
 PRODUCER_BATCHES = {"batch.size": 262_144, "linger.ms": 5}
+# Java compiles what encrypts only once it was used a lot: with 20,000 records it was half as fast.
+PERF_TEST_WARM_UP = 100_000
 PERF_TESTS: dict[str, tuple[bool, Mapping[str, int]]] = {
     "perf_test": (True, {}),
     "perf_test_large_batches": (True, PRODUCER_BATCHES),
@@ -177,7 +180,7 @@ class Measurement:
         for which in self._each():
             planned.append(Step(f"producer, {which}", 8 + records / 12000, self._producer))
             planned += [
-                Step(f"{name}, {which}", 8 + records / 20000, partial(self._perf_test, name))
+                Step(f"{name}, {which}", 12 + records / 25000, partial(self._perf_test, name))
                 for name in PERF_TESTS
             ]
         return planned
@@ -225,6 +228,7 @@ class Measurement:
         chosen["bench"] = {
             "images": options.images,
             "producer_records": options.records,
+            "tool_warm_up": PERF_TEST_WARM_UP,
             "repetitions": options.repetitions,
             "seconds": options.seconds,
             "partitions": PARTITIONS,
@@ -444,8 +448,9 @@ class Measurement:
             *("sudo systemd-run --quiet --wait --pipe --collect --unit=iot-bench-perf-test",),
             *("--property=User=kafka", "taskset", "--cpu-list", cores),
             "/opt/kafka/bin/kafka-producer-perf-test.sh",
-            *("--topic", topic, "--num-records", str(count), "--throughput", "-1"),
-            *("--warmup-records", str(count // 5), "--payload-file", f"{FOLDER}/payload"),
+            *("--topic", topic, "--num-records", str(PERF_TEST_WARM_UP + count)),
+            *("--warmup-records", str(PERF_TEST_WARM_UP), "--throughput", "-1"),
+            *("--payload-file", f"{FOLDER}/payload"),
             *("--command-config", f"{FOLDER}/client.properties"),
             *("--command-property", *properties),
         ]
@@ -459,8 +464,8 @@ class Measurement:
         """Compare on brokers of this machine: the lab's has no port without TLS."""
         options = self._options
         words = ["--count", str(options.records), "--rounds", str(options.repetitions)]
-        script = str(SCRIPTS / "tls_cost.py")
-        found = json.loads(answer(sys.executable, script, *words).splitlines()[-1])
+        logged("tls-cost", [sys.executable, str(SCRIPTS / "tls_cost.py"), *words])
+        found = json.loads((paths.LOGS / "tls-cost.log").read_text().splitlines()[-1])
         for side, measured in found.items():
             for name, values in measured.items():
                 for value in values:

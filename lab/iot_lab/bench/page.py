@@ -329,12 +329,13 @@ def _producer(found: Found) -> str:
         if measured:
             rows.append([f"`kafka-producer-perf-test.sh`, {how}", _spread(measured)])
     cores = found["machine"]["host_cores"]
-    text = f"""{settings["bench"]["producer_records"]:,} records of
+    records, warm_up = (settings["bench"][name] for name in ("producer_records", "tool_warm_up"))
+    text = f"""{records:,} records of
 {_number(found["record_bytes"])} bytes, 4 partitions, compression {compression}, acks=all,
 idempotent. The tool sends the same images, from the broker's host because Java is there, on as
-many cores as the producer's host has ({cores["producer"]}); its first fifth warms it up and is not
-counted. The ratio is that to the tool's own batches, up to 16 kB. The app, whose batches are of up
-to 256 kB, makes each message itself."""
+many cores as the producer's host has ({cores["producer"]}); {warm_up:,} records warm it up and
+are not counted. The ratio is that to the tool's own batches, up to 16 kB. The app, whose batches
+are of up to 256 kB, makes each message itself."""
     return f"## Producer\n\n{_prose(text)}\n\n{_rows(['', 'records/s'], rows)}"
 
 
