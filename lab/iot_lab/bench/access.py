@@ -123,6 +123,10 @@ class Lab:
             if machine is None:
                 raise LabError(f"no host of the inventory is in the group {group}")
             self.hosts[role] = Host(machine)
+        if "couchdb_servers" not in self.hosts["storage"].machine.groups:
+            raise LabError(
+                "the benchmark needs the database on the storage host, as in TOPOLOGY=couchdb"
+            )
         self._number = 0
         self._databases = 0
         self._kafka_python = ""
