@@ -57,13 +57,6 @@ def test_operators_read_with_their_netrc(host: Host, variables: dict[str, Any]) 
     assert "rows" in documents
 
 
-def test_password_of_the_app_is_private(host: Host) -> None:
-    password = host.file("/etc/iot-pipeline/couchdb.password")
-    if not password.exists:
-        pytest.skip("no app on this host uses the database")
-    assert (password.user, password.group, password.mode) == ("root", "iot-pipeline", 0o640)
-
-
 def test_listens_only_where_told(host: Host, variables: dict[str, Any]) -> None:
     if variables["couchdb_bind_address"] != "127.0.0.1":
         pytest.skip("the inventory opens the database to other hosts")
