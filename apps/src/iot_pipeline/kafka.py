@@ -86,7 +86,9 @@ def client_options(settings: Settings) -> dict[str, Any]:
         "client_id": f"{settings.SERVICE}-{socket.gethostname()}",
         "request_timeout_ms": REQUEST_TIMEOUT_MS,
         "bootstrap_timeout_ms": REQUEST_TIMEOUT_MS,
-        "reconnect_backoff_max_ms": 5_000,
+        # Whoever waits for a broker that is gone asks the others for its successor only between
+        # two attempts.
+        "reconnect_backoff_max_ms": 1_000,
         # A mistyped topic must be an error, not a new topic with the broker's defaults.
         "allow_auto_create_topics": False,
         # Prometheus has ours; the client's own would be computed for nobody.
