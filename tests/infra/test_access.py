@@ -114,10 +114,9 @@ def doors(node: Any) -> list[Door]:
     among_themselves = ("nothing", False) if login == "none" else ("certificate", True)
     found = []
     if "kafka_brokers" in node.groups:
-        with_password = login in {"scram", "plain"}
-        clients = ("password", True) if with_password else among_themselves
+        clients = ("password", True) if login in {"scram", "plain"} else among_themselves
         found.append(Door(at, known["kafka_client_port"], "kafka", *clients))
-        if with_password:
+        if login != "none":
             port = known.get("kafka_broker_replication_port", 9094)
             found.append(Door(at, port, "kafka", *among_themselves))
     if "kafka_controllers" in node.groups:

@@ -179,10 +179,12 @@ def test_a_rack_is_told_where_there_is_one(rendered: Rendered) -> None:
 
 def test_with_mtls_all_have_certificates(rendered: Rendered) -> None:
     found = rendered.properties("mtls-broker")
-    assert found["listeners"] == "CLIENT://:9092,CONTROLLER://:9093"
-    assert found["listener.security.protocol.map"] == "CONTROLLER:SSL,CLIENT:SSL"
-    assert found["inter.broker.listener.name"] == "CLIENT"
+    # As with passwords, so that brokers of one kind and the other understand each other.
+    assert found["listeners"] == "CLIENT://:9092,BROKER://:9094,CONTROLLER://:9093"
+    assert found["listener.security.protocol.map"] == "CONTROLLER:SSL,CLIENT:SSL,BROKER:SSL"
+    assert found["inter.broker.listener.name"] == "BROKER"
     assert found["listener.name.client.ssl.client.auth"] == "required"
+    assert found["listener.name.broker.ssl.client.auth"] == "required"
     assert not [name for name in found if "sasl" in name]
     assert found["super.users"] == "User:kafka;User:mtls-broker;User:monitoring"
 
