@@ -16,8 +16,12 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 
 @pytest.fixture
-def brokers_are_whole(host: Host, topology: Any, variables: dict[str, Any]) -> Callable[[], None]:
+def brokers_are_whole(
+    host: Host, topology: Any, variables: dict[str, Any], pytestconfig: pytest.Config
+) -> Callable[[], None]:
     """Waits until no partition lacks a replica."""
+    if not pytestconfig.getoption("drills"):
+        pytest.skip("it kills brokers: ask for it with --drills")
     brokers = [node for node in topology.nodes.values() if GROUP in node.groups]
     if len(brokers) < 3:
         pytest.skip("with fewer than three brokers, the loss of one is an outage")

@@ -57,6 +57,7 @@ def test_who_may_read_what(who: str, answers: Callable[..., list[int]]) -> None:
         assert status == 200 if who in allowed else status in REFUSED, request
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("who", [*NOBODY, *APPS])
 def test_nobody_but_the_admin_administers(who: str, answers: Callable[..., list[int]]) -> None:
     found = answers(*((who, *request) for request in WRITES))

@@ -177,6 +177,13 @@ def test_a_rack_is_told_where_there_is_one(rendered: Rendered) -> None:
     assert "broker.rack" not in rendered.properties("plain-broker")
 
 
+def test_only_a_cluster_of_brokers_looks_for_a_lost_one(rendered: Rendered) -> None:
+    found = rendered.properties("b1")
+    assert found["broker.session.timeout.ms"] == "4000"
+    assert found["broker.heartbeat.interval.ms"] == "1000"
+    assert "broker.session.timeout.ms" not in rendered.properties("scram-broker")
+
+
 def test_with_mtls_all_have_certificates(rendered: Rendered) -> None:
     found = rendered.properties("mtls-broker")
     # As with passwords, so that brokers of one kind and the other understand each other.

@@ -1,0 +1,58 @@
+"""Plays that decide over others: Ansible runs them, with hosts that are made up."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+GROUPS = {
+    "kafka_controllers": ["broker"],
+    "kafka_brokers": ["broker"],
+    "couchdb_servers": ["database"],
+    "storage_nodes": ["storage-1", "storage-2"],
+}
+
+
+@pytest.mark.parametrize(
+    "failing,told", [("none", True), ("storage-2", True), ("database", False), ("broker", False)]
+)
+def test_apps_keep_both_passwords_where_a_server_could_not_be_changed(
+    tmp_path: Path, failing: str, told: bool
+) -> None:
+    guard = [
+        play
+        for play in yaml.safe_load((ROOT / "ansible/playbooks/apps.yml").read_text())
+        if play["name"] == "Stop where a server could not be changed"
+    ]
+    assert guard
+    before = {
+        "hosts": "all",
+        "gather_facts": False,
+        "strategy": "ansible.builtin.free",
+        "tasks": [{"ansible.builtin.fail": {}, "when": f"inventory_hostname == '{failing}'"}],
+    }
+    after = {
+        "hosts": "storage_nodes",
+        "gather_facts": False,
+        "tasks": [{"ansible.builtin.debug": {"msg": "told"}}],
+    }
+    (tmp_path / "play.yml").write_text(json.dumps([before, *guard, after]))
+    hosts = {name: {"hosts": dict.fromkeys(members)} for name, members in GROUPS.items()}
+    (tmp_path / "hosts.yml").write_text(json.dumps({"all": {"children": hosts}}))
+    command = shutil.which("ansible-playbook")
+    assert command, "the tools are not on PATH"
+    done = subprocess.run(
+        [command, "--connection=local", "--inventory=hosts.yml", "play.yml"],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible/ansible.cfg")},
+    )
+    assert ("msg: told" in done.stdout) == told, done.stdout + done.stderr
+    assert (f"{failing} failed before" in done.stdout) != told
