@@ -107,13 +107,18 @@ class Node:
         return sorted({unit for group, unit in UNITS.items() if group in self.groups})
 
 
+# What an inventory that does not say it gets from the role.
+DEFAULTS = {"kafka_broker_authentication": "scram"}
+
+
 def read_inventory(config: pytest.Config) -> dict[str, Node]:
     """The hosts, with what the tests need to know of each."""
     found, problem = ask_inventory(config, ("group_names", *VARIABLES))
     if problem or not found:
         pytest.exit(f"no hosts found in {source_of(config)}:\n{problem}", returncode=2)
     return {
-        name: Node(name, tuple(known.pop("group_names")), known) for name, known in found.items()
+        name: Node(name, tuple(known.pop("group_names")), DEFAULTS | known)
+        for name, known in found.items()
     }
 
 
@@ -321,6 +326,15 @@ def run_script() -> Script:
         return json.loads(done.stdout)
 
     return run
+
+
+@pytest.fixture
+def login(variables: dict[str, Any]) -> str:
+    """How Kafka's clients prove who they are, where they have to."""
+    found = str(variables["kafka_broker_authentication"])
+    if found == "none":
+        pytest.skip("Kafka asks nobody who he is")
+    return found
 
 
 @dataclass(frozen=True)

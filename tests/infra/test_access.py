@@ -24,11 +24,6 @@ PYTHON = "/opt/iot-pipeline/current/bin/python"
 STRANGER = "stranger.invalid"
 
 
-def authentication(variables: dict[str, Any]) -> str:
-    """How Kafka's clients prove who they are; the default is the role's."""
-    return str(variables.get("kafka_broker_authentication", "scram"))
-
-
 def folder(variables: dict[str, Any]) -> str:
     return str(variables.get("pki_dir", "/etc/ssl/iot-pipeline"))
 
@@ -109,7 +104,7 @@ class Door:
 def doors(node: Any) -> list[Door]:
     """The ports on which a host serves others."""
     known = node.variables
-    login = authentication(known)
+    login = known["kafka_broker_authentication"]
     at = known.get("kafka_broker_bind_address") or "127.0.0.1"
     among_themselves = ("nothing", False) if login == "none" else ("certificate", True)
     found = []
@@ -266,15 +261,6 @@ LOGINS: dict[str, tuple[dict[str, str], str, str]] = {
         "its certificate is refused",
     ),
 }
-
-
-@pytest.fixture
-def login(variables: dict[str, Any]) -> str:
-    """How Kafka's clients prove who they are, where they have to."""
-    found = authentication(variables)
-    if found == "none":
-        pytest.skip("Kafka asks nobody who he is")
-    return found
 
 
 def test_brokers_let_in_who_proves_it(

@@ -39,7 +39,7 @@ def expected_sockets(groups: tuple[str, ...], variables: dict[str, Any]) -> set[
     kafka = variables.get("kafka_broker_bind_address") or "*"
     if "kafka_brokers" in groups:
         expected.add((kafka, variables["kafka_client_port"]))
-        if variables.get("kafka_broker_authentication", "scram") != "none":
+        if variables["kafka_broker_authentication"] != "none":
             expected.add((kafka, variables.get("kafka_broker_replication_port", 9094)))
     if "kafka_controllers" in groups:
         expected.add((kafka, variables["kafka_controller_port"]))

@@ -13,19 +13,6 @@ BIN = "/opt/kafka/bin"
 CONFIG = "/opt/kafka/config"
 
 
-def authentication(variables: dict[str, Any]) -> str:
-    """How clients prove who they are; the default is the role's."""
-    return str(variables.get("kafka_broker_authentication", "scram"))
-
-
-@pytest.fixture
-def secure(variables: dict[str, Any]) -> str:
-    found = authentication(variables)
-    if found == "none":
-        pytest.skip("the inventory has neither TLS nor users")
-    return found
-
-
 @pytest.fixture
 def tool(host: Host, variables: dict[str, Any]) -> Callable[[str], CommandResult]:
     """Runs one of Kafka's tools against the cluster, as the admin where there is one."""
@@ -35,7 +22,7 @@ def tool(host: Host, variables: dict[str, Any]) -> Callable[[str], CommandResult
         settings = f"--command-config={CONFIG}/admin.properties"
         return host.run(
             f"{BIN}/{name} --bootstrap-server=%s {settings} {arguments}"
-            if authentication(variables) != "none"
+            if variables["kafka_broker_authentication"] != "none"
             else f"{BIN}/{name} --bootstrap-server=%s {arguments}",
             variables["kafka_bootstrap_servers"],
         )
@@ -138,7 +125,7 @@ def test_settings_are_those_of_the_inventory(host: Host, variables: dict[str, An
             pair.split(":") for pair in found["listener.security.protocol.map"].split(",")
         ).values()
     )
-    if authentication(variables) == "none":
+    if variables["kafka_broker_authentication"] == "none":
         assert protocols == {"PLAINTEXT"}
         return
     assert protocols <= {"SSL", "SASL_SSL"}
@@ -146,12 +133,12 @@ def test_settings_are_those_of_the_inventory(host: Host, variables: dict[str, An
     assert found["allow.everyone.if.no.acl.found"] == "false"
 
 
-def test_secrets_are_read_only_by_those_who_need_them(host: Host, secure: str) -> None:
+def test_secrets_are_read_only_by_those_who_need_them(host: Host, login: str) -> None:
     admin = host.file(f"{CONFIG}/admin.properties")
     assert (admin.user, admin.group, admin.mode) == ("root", "root", 0o600)
     keystore = host.file(server_properties(host)["ssl.keystore.location"])
     assert (keystore.user, keystore.group, keystore.mode) == ("root", "kafka", 0o640)
-    assert host.file(f"{CONFIG}/jaas.conf").exists == (secure == "plain")
+    assert host.file(f"{CONFIG}/jaas.conf").exists == (login == "plain")
     assert host.run("ls /run/kafka-format.* /run/kafka-admin.*").stdout == ""
 
 
@@ -162,7 +149,7 @@ def listeners(host: Host) -> dict[str, str]:
     )
 
 
-@pytest.mark.usefixtures("secure")
+@pytest.mark.usefixtures("login")
 def test_every_listener_speaks_only_new_tls_and_shows_the_certificate_on_disk(host: Host) -> None:
     """Also after a renewal, which Kafka must have read."""
     properties = server_properties(host)

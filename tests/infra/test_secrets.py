@@ -63,7 +63,7 @@ HELD: tuple[tuple[str, set[str], set[str], Place], ...] = (
 def held(node: Any) -> dict[str, set[Place]]:
     """Where each secret must be on a host."""
     groups = {*node.groups, "all"}
-    login = node.variables.get("kafka_broker_authentication", "scram")
+    login = node.variables["kafka_broker_authentication"]
     found: dict[str, set[Place]] = {name: set() for name, *_ in HELD}
     for name, holders, logins, (path, *how) in HELD:
         if groups & holders and login in logins:
