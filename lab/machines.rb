@@ -35,6 +35,11 @@ module Lab
     def box
       SYSTEMS.fetch(os)[:box]
     end
+
+    # On this machine's loopback, of its own among the machines of the subnet.
+    def ssh_port
+      22_000 + IPAddr.new(address).to_i % 256
+    end
   end
 
   # Variables that a host gets from one place: a group, or itself.
@@ -158,7 +163,9 @@ if $PROGRAM_NAME == __FILE__
     machines = Lab.machines(ARGV.first)
     puts JSON.generate(
       subnet: Lab::SUBNET,
-      machines: machines.map { |machine| machine.to_h.merge(image: machine.image, box: machine.box) }
+      machines: machines.map do |machine|
+        machine.to_h.merge(image: machine.image, box: machine.box, ssh_port: machine.ssh_port)
+      end
     )
   rescue Lab::InventoryError => e
     abort("lab: #{e.message}")

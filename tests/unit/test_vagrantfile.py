@@ -92,6 +92,15 @@ def test_every_topology_boots_what_ansible_converges(topology: str) -> None:
         }
 
 
+@pytest.mark.parametrize("topology", hosts.topologies())
+def test_machines_that_boot_together_publish_ports_of_their_own(topology: str) -> None:
+    found = json.loads(derive(paths.INVENTORY / topology / "hosts.yml").stdout)["machines"]
+    ports = {machine["ssh_port"] for machine in found}
+    assert len(ports) == len(found)
+    assert min(ports) > 1024
+    assert "host: machine.ssh_port" in (paths.ROOT / "Vagrantfile").read_text()
+
+
 def test_variables_merge_as_ansible_merges_them(tmp_path: Path) -> None:
     tree = {
         "all": {
