@@ -225,6 +225,47 @@ def test_what_kafka_no_longer_holds_counts_from_the_database() -> None:
     assert report.is_clean()
 
 
+def test_a_half_document_of_before_all_that_kafka_holds_is_expired() -> None:
+    pipeline = Pipeline()
+    pipeline.stored(pipeline.image(OLD, 1))
+    later = pipeline.image(OLD + timedelta(minutes=1))
+    pipeline.sent(later)
+    pipeline.stored(later, pipeline.prediction(later))
+    report = pipeline.report()
+    assert (report.produced, report.stored, report.predicted) == (2, 2, 1)
+    assert (report.expired, report.missing) == (1, 0)
+    assert report.is_clean()
+
+
+def test_a_half_document_beside_empty_topics_is_expired() -> None:
+    pipeline = Pipeline()
+    pipeline.stored(pipeline.image())
+    assert (pipeline.report().expired, pipeline.report().missing) == (1, 0)
+
+
+def test_a_half_document_that_kafka_should_hold_is_missing() -> None:
+    pipeline = Pipeline()
+    earlier = pipeline.image(OLD - timedelta(minutes=1))
+    pipeline.sent(earlier)
+    pipeline.stored(earlier, pipeline.prediction(earlier))
+    pipeline.stored(pipeline.image(OLD, 1))
+    assert (pipeline.report().expired, pipeline.report().missing) == (0, 1)
+
+
+def test_a_half_document_of_an_image_that_kafka_holds_is_missing() -> None:
+    pipeline = Pipeline()
+    image = pipeline.image()
+    pipeline.sent(image)
+    pipeline.stored(image)
+    assert (pipeline.report().expired, pipeline.report().missing) == (0, 1)
+
+
+def test_since_asks_of_a_time_that_kafka_should_hold() -> None:
+    pipeline = Pipeline(since=OLD - timedelta(hours=1))
+    pipeline.stored(pipeline.image())
+    assert (pipeline.report().expired, pipeline.report().missing) == (0, 1)
+
+
 def test_foreign_documents_are_passed_over() -> None:
     pipeline = Pipeline()
     pipeline.ledger.saw_document({"_id": "note", "text": "hello"})

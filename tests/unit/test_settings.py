@@ -13,6 +13,7 @@ from iot_pipeline.errors import ConfigError, Exit
 from iot_pipeline.settings import (
     COMMANDS,
     AuditSettings,
+    BackupSettings,
     CommandSettings,
     InferSettings,
     ProduceSettings,
@@ -153,8 +154,19 @@ def test_help_shows_every_setting_with_its_variable(
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for declared in fields(command.settings):
+        if declared.metadata["positional"]:
+            assert f" {declared.metadata['metavar']} {declared.metadata['help']}" in text
+            continue
         assert settings.flag_name(declared.name) in text
         assert environment_name(declared.name) in text
+
+
+def test_what_a_command_is_about_needs_no_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = vars(cli.build_parser().parse_args(["backup", "/backups/one"]))
+    assert load(BackupSettings, flags, {}).file == "/backups/one"
+    with pytest.raises(SystemExit):
+        cli.build_parser().parse_args(["backup"])
+    assert "FILE" in capsys.readouterr().err
 
 
 def test_flags_reach_the_settings() -> None:

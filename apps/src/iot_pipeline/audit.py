@@ -14,6 +14,10 @@ missing
     say why; and invalid records that are in no dead letter either.
 pending
     The same, but younger than `--grace`.
+expired
+    Documents that lack something, of images older than all that the image topic holds: Kafka's
+    retention of their records is over, or the cluster was built anew. Nobody can say any more
+    whether a dead letter told why. With `--since` they are missing.
 duplicated
     Documents beyond the first that stand for one image.
 redelivered
@@ -36,7 +40,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from kafka.errors import AuthorizationError, KafkaError
@@ -45,6 +49,7 @@ from kafka.structs import TopicPartition
 from iot_pipeline.couch import CouchDatabase
 from iot_pipeline.errors import ConfigError, Exit, InvalidMessage, SinkUnavailable
 from iot_pipeline.kafka import describe_error, make_reader, no_such_topic, not_allowed
+from iot_pipeline.progress import Progress
 from iot_pipeline.schema import (
     IMAGE_FIELDS,
     PREDICTION_FIELDS,
@@ -108,6 +113,7 @@ class Report:
     predicted: int
     pending: int
     missing: int
+    expired: int
     duplicated: int
     redelivered: int
     dead_lettered: int
@@ -134,6 +140,7 @@ class Ledger:
 
     def __init__(self, since: datetime | None = None) -> None:
         self._since = since
+        self._topic_begins = datetime.max.replace(tzinfo=UTC)
         self._images: dict[str, _Image] = {}
         self._dead_letters: dict[Place, str] = {}
         self._invalid: dict[Place, datetime] = {}
@@ -154,6 +161,7 @@ class Ledger:
         except InvalidMessage:
             self._saw_invalid(record)
             return
+        self._topic_begins = min(self._topic_begins, uuid7_time(message.id))
         image = self._image(message.id)
         if image:
             image.image_records += 1
@@ -207,6 +215,11 @@ class Ledger:
     def _is_before(self, moment: datetime) -> bool:
         return self._since is not None and moment < self._since
 
+    def _is_expired(self, identifier: str, image: _Image) -> bool:
+        if self._since is not None or image.image_records or image.prediction_records:
+            return False
+        return uuid7_time(identifier) < self._topic_begins
+
     def report(self, grace: float, at: datetime) -> Report:
         """Sum up.
 
@@ -215,7 +228,7 @@ class Ledger:
             at: the present time.
         """
         young = at - timedelta(seconds=grace)
-        pending = 0
+        pending = expired = 0
         missing: dict[str, str] = {}
         for identifier, image in sorted(self._images.items()):
             lacks = image.lacks()
@@ -223,6 +236,8 @@ class Ledger:
                 continue
             if uuid7_time(identifier) > young:
                 pending += 1
+            elif self._is_expired(identifier, image):
+                expired += 1
             else:
                 missing[identifier] = ", ".join(lacks)
         for (topic, partition, offset), moment in self._invalid.items():
@@ -242,6 +257,7 @@ class Ledger:
             ),
             pending=pending,
             missing=len(missing),
+            expired=expired,
             duplicated=self._duplicated,
             redelivered=sum(
                 max(0, image.image_records - 1) + max(0, image.prediction_records - 1)
@@ -291,26 +307,8 @@ def parse_since(text: str, at: datetime) -> datetime | None:
         ) from error
 
 
-class _Progress:
-    """Says on a terminal how far a long read has come."""
-
-    def __init__(self) -> None:
-        self._shown = sys.stderr.isatty()
-        self._at = 0.0
-
-    def show(self, text: str) -> None:
-        if self._shown and time.monotonic() - self._at > 0.2:
-            self._at = time.monotonic()
-            sys.stderr.write(f"\r\x1b[K{text}")
-            sys.stderr.flush()
-
-    def clear(self) -> None:
-        if self._shown:
-            sys.stderr.write("\r\x1b[K")
-
-
 def _read_topics(
-    settings: AuditSettings, ledger: Ledger, since: datetime | None, progress: _Progress
+    settings: AuditSettings, ledger: Ledger, since: datetime | None, progress: Progress
 ) -> None:
     """Feed the ledger all three topics, from `since` on and each up to where it ends now.
 
@@ -359,7 +357,7 @@ def _read_topic(
     ends: Mapping[TopicPartition, int],
     since: datetime | None,
     saw: Callable[[Any], None],
-    progress: _Progress,
+    progress: Progress,
 ) -> None:
     begins = _begins(consumer, ends, since)
     left = {partition for partition, end in ends.items() if end > begins[partition]}
@@ -399,7 +397,7 @@ def _begins(
 
 
 def _read_database(
-    settings: AuditSettings, ledger: Ledger, since: datetime | None, progress: _Progress
+    settings: AuditSettings, ledger: Ledger, since: datetime | None, progress: Progress
 ) -> None:
     database = CouchDatabase(settings)
     for count, document in enumerate(database.scan(first_uuid7(since) if since else "")):
@@ -419,6 +417,7 @@ def _table(report: Report, settings: AuditSettings, at: datetime) -> str:
         ("predicted", str(report.predicted), ""),
         ("pending", str(report.pending), f"younger than {settings.grace:g} s"),
         ("missing", str(report.missing), ""),
+        ("expired", str(report.expired), "incomplete, and older than the image topic"),
         ("duplicated", str(report.duplicated), "documents beyond one an image"),
         ("redelivered", str(report.redelivered), "records that came again, stored once"),
         ("dead-lettered", str(report.dead_lettered), reasons),
@@ -451,7 +450,7 @@ def run(settings: AuditSettings) -> int:
     at = now()
     since = parse_since(settings.since, at)
     ledger = Ledger(since)
-    progress = _Progress()
+    progress = Progress()
     _read_topics(settings, ledger, since, progress)
     _read_database(settings, ledger, since, progress)
     report = ledger.report(settings.grace, at)

@@ -148,7 +148,7 @@ class CouchDatabase:
         for _ in range(CONFLICT_ROUNDS):
             changed = self._changed(waiting, new, outcome, alive)
             new, waiting = set(), {}
-            for chunk in _chunks(changed):
+            for chunk in chunks(changed):
                 alive()
                 for identifier in self._write(chunk, outcome):
                     waiting[identifier] = documents[identifier]
@@ -337,7 +337,8 @@ def _size(document: Document) -> int:
     return 500 + len(document.get("Data", ""))
 
 
-def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in lots that fit into memory and into a request."""
     chunk: list[Document] = []
     size = 0
     for document in documents:

@@ -10,11 +10,13 @@ class Exit(IntEnum):
 
     OK = 0
     FAILED = 1
-    """Audit: images are missing. Other commands: an error nobody foresaw."""
+    """Audit: images are missing. Restore: documents are. Others: an error nobody foresaw."""
     UNREACHABLE = 2
-    """Audit: the broker or the database did not answer. Also argparse's status for wrong usage."""
+    """Audit, backup, restore: the broker or the database did not answer. Also argparse's status for
+    wrong usage."""
     DATA = 65
-    """Too many records could not be handled; a restart will not help before someone looks."""
+    """Too many records could not be handled, or a backup is damaged; a restart will not help before
+    someone looks."""
     CONFIG = 78
     """A setting is wrong or missing; a restart will not help before it is set."""
 
@@ -69,6 +71,12 @@ class SinkUnavailable(PipelineError):
     """The broker or the database does not take writes at the moment: wait and try again."""
 
     exit_status = Exit.UNREACHABLE
+
+
+class DamagedBackup(PipelineError):
+    """A file is no backup, or not as it was written. The message says which, and in what way."""
+
+    exit_status = Exit.DATA
 
 
 class RecordTooLarge(InvalidMessage):

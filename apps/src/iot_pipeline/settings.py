@@ -30,7 +30,7 @@ _ESCAPED = re.compile(r'\\(["\\$`])')
 _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
-def setting(
+def setting(  # noqa: PLR0913 - all but two by name
     default: Any,
     help: str,  # noqa: A002
     *,
@@ -40,6 +40,7 @@ def setting(
     maximum: float | None = None,
     required: bool = False,
     metavar: str = "",
+    positional: bool = False,
 ) -> Any:
     """Declare a setting.
 
@@ -52,6 +53,7 @@ def setting(
         maximum: the largest number allowed.
         required: whether the empty string is refused.
         metavar: what `--help` shows for the value.
+        positional: whether it is what the command is about, which needs no flag.
     """
     metadata = {
         "help": help,
@@ -61,6 +63,7 @@ def setting(
         "maximum": maximum,
         "required": required,
         "metavar": metavar,
+        "positional": positional,
     }
     if callable(default):
         return field(default_factory=default, metadata=metadata)
@@ -479,6 +482,62 @@ class AuditSettings(CouchSettings, Settings):
     json: bool = setting(False, "print one JSON object on one line")
 
 
+@dataclass(frozen=True, kw_only=True)
+class BackupSettings(CouchSettings):
+    """`iot-pipeline backup`."""
+
+    SERVICE = "iot-backup"
+    # It reads the database, as the audit does.
+    SETTINGS_FILES = ("iot-audit", "iot-storage")
+    DESCRIPTION = (
+        "Write all documents of the database to a file, which appears once it is whole. Services "
+        "go on meanwhile. Exit status 0: written. 1: the file cannot be written. 2: the database "
+        "does not answer."
+    )
+
+    file: str = setting(
+        "", "the file to write; it must not exist", required=True, metavar="FILE", positional=True
+    )
+    grace: float = setting(
+        60.0,
+        "longest wait for the other half of documents that are younger than this",
+        unit="seconds",
+        minimum=0,
+    )
+    json: bool = setting(False, "print one JSON object on one line")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreSettings(CouchSettings):
+    """`iot-pipeline restore`."""
+
+    SERVICE = "iot-restore"
+    SETTINGS_FILES = ("iot-storage",)
+    DESCRIPTION = (
+        "Merge the documents of a backup into the database. Services go on meanwhile, and doing it "
+        "again changes nothing. A damaged file is refused before anything is written. Exit status "
+        "0: all is there. 1: something is not, or was refused. 2: the database does not answer. "
+        "65: the file is damaged."
+    )
+
+    file: str = setting("", "the backup", required=True, metavar="FILE", positional=True)
+    check: bool = setting(False, "only read the file and tell whether it is whole")
+    compare: bool = setting(
+        False, "only compare the file with the database, document by document, and write nothing"
+    )
+    json: bool = setting(False, "print one JSON object on one line")
+
+    def __post_init__(self) -> None:
+        """Check that it is said which.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        super().__post_init__()
+        if self.check and self.compare:
+            raise ConfigError("--check looks at the file alone, --compare at the database too")
+
+
 SettingsT = TypeVar("SettingsT", bound=CommandSettings)
 
 
@@ -504,6 +563,10 @@ def add_arguments(parser: argparse.ArgumentParser, kind: type[CommandSettings]) 
     types = get_type_hints(kind)
     for declared in fields(kind):
         about = declared.metadata
+        if about["positional"]:
+            metavar = about["metavar"] or "|".join(about["choices"])
+            parser.add_argument(declared.name, metavar=metavar, help=about["help"])
+            continue
         text = f"{about['help']}{' [' + about['unit'] + ']' if about['unit'] else ''}"
         text = f"{text} ({environment_name(declared.name)}; default: {_default_text(declared)})"
         text = text.replace("%", "%%")
@@ -678,4 +741,6 @@ COMMANDS: tuple[Command, ...] = (
     Command("prepare-model", PrepareModelSettings, "iot_pipeline.prepare"),
     Command("store", StoreSettings, "iot_pipeline.store"),
     Command("audit", AuditSettings, "iot_pipeline.audit"),
+    Command("backup", BackupSettings, "iot_pipeline.backup"),
+    Command("restore", RestoreSettings, "iot_pipeline.restore"),
 )
