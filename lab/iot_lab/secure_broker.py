@@ -38,7 +38,7 @@ from kafka.admin import (
 from iot_lab.processes import LOOPBACK, QUICK_JAVA, Broker, free_port, wait_for
 
 ADMIN = "kafka"
-USERS = ("iot-producer", "iot-inference", "iot-storage", "iot-audit")
+USERS = ("iot-producer", "iot-inference", "iot-storage", "iot-audit", "iot-operator")
 MECHANISMS = ("SCRAM-SHA-512", "PLAIN")
 NODE = "kafka-1"  # the node's own name, which its certificate bears
 DAY = dt.timedelta(days=1)
@@ -60,7 +60,7 @@ def pipeline_acls(prefix: str = "") -> list[dict[str, Any]]:
     """What each app has to be granted, written as the role kafka_resources takes it.
 
     READ and WRITE each imply DESCRIBE. An idempotent producer needs WRITE on a topic and nothing of
-    the cluster. The audit is in no group.
+    the cluster. The audit and the operator are in no group.
     """
     images, predictions = f"{prefix}iot-topic", f"{prefix}iot-predictions"
     dead_letters = f"{prefix}iot-dead-letter"
@@ -77,6 +77,9 @@ def pipeline_acls(prefix: str = "") -> list[dict[str, Any]]:
         ("iot-audit", "topic", images, ["read"]),
         ("iot-audit", "topic", predictions, ["read"]),
         ("iot-audit", "topic", dead_letters, ["read"]),
+        ("iot-operator", "topic", images, ["write"]),
+        ("iot-operator", "topic", predictions, ["write"]),
+        ("iot-operator", "topic", dead_letters, ["read", "write"]),
     ]
     return [
         {

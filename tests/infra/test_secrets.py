@@ -20,6 +20,7 @@ APPS = {
     "iot-inference": "inference_nodes",
     "iot-storage": "storage_nodes",
     "iot-audit": "storage_nodes",
+    "iot-operator": "storage_nodes",
 }
 
 # Ways in which Kafka's clients may prove who they are.

@@ -246,6 +246,7 @@ def test_each_app_may_do_its_work_and_nothing_else(
         "iot-inference": {predictions, dead_letters},
         "iot-storage": {dead_letters},
         "iot-audit": set(),
+        "iot-operator": set(topics),
     }
     read = {user: {topic for topic in topics if app.reads(topic)} for user, app in apps.items()}
     assert read == {
@@ -253,6 +254,7 @@ def test_each_app_may_do_its_work_and_nothing_else(
         "iot-inference": {images},
         "iot-storage": {images, predictions},
         "iot-audit": set(topics),
+        "iot-operator": {dead_letters},
     }
     groups = (f"{prefix}iot-inference", f"{prefix}iot-storage")
     joined = {
@@ -263,4 +265,5 @@ def test_each_app_may_do_its_work_and_nothing_else(
         "iot-inference": {groups[0]},
         "iot-storage": {groups[1]},
         "iot-audit": set(),
+        "iot-operator": set(),
     }
