@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -323,3 +324,63 @@ def test_what_cannot_work_is_refused_with_its_reason(tmp_path: Path) -> None:
     for name, (_, reason) in WRONG.items():
         assert reason in (tmp_path / name).read_text()
         assert 'quote"inside' not in (tmp_path / name).read_text()
+
+
+INPUTS = ("archive", "properties", "logging", "unit", "started")
+
+
+def what_becomes_of(running: bool, changed: bool, renewed: bool, others: bool) -> str:
+    """Say it as docs/operations.md does: `others` are other controllers."""
+    match running, changed, renewed, others:
+        case False, _, _, _:
+            return "start"
+        case True, True, _, _:
+            return "restart"
+        case True, False, True, True:
+            return "restart"
+        case True, False, True, False:
+            return "reload"
+        case _:
+            return "none"
+
+
+def test_a_service_is_restarted_only_for_a_reason(tmp_path: Path) -> None:
+    # Each state with no input changed, and with each of them changed alone.
+    rows, expected = [], []
+    states = product(["active", "activating", "inactive"], [True, False], [True, False])
+    for (state, renewed, others), changed in product(states, [None, *INPUTS]):
+        rows.append({"state": state, "renewed": renewed, "others": others, "changed": changed})
+        expected.append(what_becomes_of(state != "inactive", changed is not None, renewed, others))
+    write = {
+        "ansible.builtin.copy": {
+            "content": "{{ _kafka_broker_action }}",
+            "dest": f"{tmp_path}/{{{{ index }}}}",
+        },
+        "loop": rows,
+        "loop_control": {"index_var": "index"},
+        "vars": {
+            "kafka_broker_controllers": "{{ ['one', 'two'] if item.others else ['one'] }}",
+            "__kafka_broker_service": {"stdout": "{{ item.state }}"},
+            "__kafka_broker_certificates": {"changed": "{{ item.renewed }}"},
+        }
+        | {f"__kafka_broker_{n}": {"changed": f"{{{{ item.changed == '{n}' }}}}"} for n in INPUTS},
+    }
+    play(tmp_path / "play", alone("one"), [write])
+    found = [(tmp_path / str(index)).read_text() for index in range(len(rows))]
+    assert found == expected
+    assert set(expected) == {"start", "restart", "reload", "none"}
+
+
+@pytest.mark.parametrize("answer, order", [("LeaderId:  2\n", "a c b"), ("", "a b c")])
+def test_the_leader_of_the_controllers_is_restarted_last(
+    tmp_path: Path, answer: str, order: str
+) -> None:
+    members = {
+        "kafka_broker_controllers": ["a", "b", "c"],
+        "kafka_broker_brokers": ["a", "b", "c"],
+        "__kafka_broker_leader": {"stdout": answer},
+    }
+    content = {"content": "{{ _kafka_broker_order | join(' ') }}"}
+    write = {"ansible.builtin.copy": content | {"dest": f"{tmp_path}/{{{{ inventory_hostname }}}}"}}
+    play(tmp_path / "play", dict.fromkeys("abc", members | SCRAM), [write])
+    assert {(tmp_path / host).read_text() for host in "abc"} == {order}
