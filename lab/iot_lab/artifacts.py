@@ -22,6 +22,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,16 +48,19 @@ class ArtifactError(Exception):
     """An artifact cannot be built; the message says what to do."""
 
 
-def kafka_archive(*, write_checksums: bool = False) -> Path:
+def kafka_archive(version: str | None = None, *, write_checksums: bool = False) -> Path:
     """Return Kafka's archive, assembled from Maven's jars if it is missing or outdated.
 
+    `version` is that of pom.xml unless told; its jars must be recorded in jars-VERSION.sha256.
     `write_checksums` accepts whatever jars Maven resolves and records them, for a new version.
     The archive's SHA-512 lies beside it in a file of the same name with `.sha512` added.
     Raises ArtifactError when Maven is missing or fails, or a jar is not the one recorded.
     """
     source = SOURCES / "kafka"
-    scala, kafka = _kafka_versions(source / "pom.xml")
+    scala, newest = _kafka_versions(source / "pom.xml")
+    kafka = version or newest
     name = f"kafka_{scala}-{kafka}"
+    recorded = source / f"jars-{kafka}.sha256"
 
     def build(work: Path) -> Path:
         tree = work / name
@@ -67,11 +71,12 @@ def kafka_archive(*, write_checksums: bool = False) -> Path:
                 *(_tool("mvn", "maven"), "--quiet", "--batch-mode"),
                 *("--file", str(source / "pom.xml"), "dependency:copy-dependencies"),
                 *("-DincludeScope=runtime", f"-DoutputDirectory={libs}"),
+                f"-Dkafka.version={kafka}",
             ]
         )
         if write_checksums:
-            _write_checksums(libs, source / "jars.sha256")
-        _verify_checksums(libs, source / "jars.sha256")
+            _write_checksums(libs, recorded)
+        _verify_checksums(libs, recorded)
         shutil.copytree(source / "config", tree / "config")
         shutil.copytree(source / "bin", tree / "bin")
         _write_tools(source / "tools.txt", tree / "bin")
@@ -156,7 +161,10 @@ ARTIFACTS: dict[str, Callable[[], Path]] = {
     "kafka": kafka_archive,
     "couchdb": couchdb_archive,
     "apps": apps_wheel,
+    # What an upgrade comes from.
+    "kafka-4.2.1": partial(kafka_archive, "4.2.1"),
 }
+DEFAULT = ("kafka", "couchdb", "apps")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -166,7 +174,10 @@ def main(arguments: list[str] | None = None) -> int:
         description="Build what the lab installs: Kafka's archive, the CouchDB stand-in, the apps.",
     )
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"{', '.join(ARTIFACTS)} (default: all of them)"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"{', '.join(ARTIFACTS)} (default: {', '.join(DEFAULT)})",
     )
     parser.add_argument(
         "--write-checksums",
@@ -174,15 +185,15 @@ def main(arguments: list[str] | None = None) -> int:
         help="with kafka: record the jars Maven resolves, after a change of pom.xml",
     )
     options = parser.parse_args(arguments)
-    names: list[str] = options.names or list(ARTIFACTS)
+    names: list[str] = options.names or list(DEFAULT)
     unknown = sorted(set(names) - set(ARTIFACTS))
     if unknown:
         parser.error(f"unknown artifact {', '.join(unknown)}: choose from {', '.join(ARTIFACTS)}")
-    if options.write_checksums and names != ["kafka"]:
-        parser.error("--write-checksums is for kafka alone")
+    if options.write_checksums and (len(names) != 1 or not names[0].startswith("kafka")):
+        parser.error("--write-checksums is for one version of kafka alone")
     try:
         if options.write_checksums:
-            kafka_archive(write_checksums=True)
+            kafka_archive(names[0].removeprefix("kafka").lstrip("-") or None, write_checksums=True)
         else:
             for name in names:
                 ARTIFACTS[name]()
