@@ -6,7 +6,7 @@ LAB := lab/bin/lab
 export TOPOLOGY ?= couchdb
 
 .DEFAULT_GOAL := help
-.PHONY: help lab demo test unit integration lint audit bench lab-check lab-status lab-report lab-ssh \
+.PHONY: help lab demo test unit integration lint audit bench drill lab-check lab-status lab-report lab-ssh \
         lab-destroy train lock clean
 
 help: ## List these targets
@@ -43,6 +43,9 @@ audit: ## Is every image stored and predicted, once? Asks the storage host; ARGS
 
 bench: ## Measure the pipeline on the running lab, about half an hour; ARGS=--help
 	@$(LAB) bench $(ARGS)
+
+drill: ## Break the running lab while images flow, and audit: NAME=short, all or one; without, list them
+	@$(LAB) drill $(NAME) $(ARGS)
 
 lab-check: ## Can this machine run the hosts? Says what is missing
 	@$(LAB) check

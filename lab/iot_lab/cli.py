@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     # What follows these names is theirs to read: argparse would stumble over its options.
     passed_on: list[str] = []
-    if words[:1] in (["artifacts"], ["audit"], ["bench"], ["demo"]):
+    if words[:1] in (["artifacts"], ["audit"], ["bench"], ["demo"], ["drill"]):
         words, passed_on = words[:1], words[1:]
     options = _parser().parse_args(words)
     options.passed_on = passed_on
@@ -139,6 +139,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add("bench", _bench, "measure the pipeline on the running lab")
 
+    add("drill", _drill, "break the running lab while images flow, and audit")
+
     add("destroy", _destroy, "remove hosts, network and secrets; the cache stays")
     add("clean", _clean, "remove everything that was made here: hosts, images, tools, downloads")
     add("lock", _lock, "renew the hash-locked requirements of tools and apps")
@@ -229,6 +231,12 @@ def _bench(options: argparse.Namespace) -> int:
     setup.environments("lab")
     python = str(paths.TOOLS / "bin" / "python")
     return _replace([python, "-m", "iot_lab.bench", *options.passed_on])
+
+
+def _drill(options: argparse.Namespace) -> int:
+    setup.environments("lab")
+    python = str(paths.TOOLS / "bin" / "python")
+    return _replace([python, "-m", "iot_lab.drills", *options.passed_on])
 
 
 def _destroy(_: argparse.Namespace) -> int:

@@ -1,0 +1,254 @@
+"""What can be done to hosts, and how it is undone, even when a drill fails or is cut off.
+
+Everything happens inside the lab's own hosts: this machine's clock, network and disks are left
+alone. What lasts is undone by the host itself, too, should nobody come back to undo it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from iot_lab import hosts, paths, remote
+from iot_lab.drills.drill import FOLDER, Step
+from iot_lab.hosts import Machine
+from iot_lab.shell import LabError, engine
+
+RELEASE_PYTHON = "/opt/iot-pipeline/current/bin/python"
+GRACE = 120  # seconds after which a host undoes by itself what should have been undone
+VOLUME = "/run/iot-drill-volume"
+DATA = {"kafka.service": "/var/lib/kafka", "couchdb.service": "/var/lib/couchdb"}
+ROOM_MB = 48  # free on the small volume
+
+
+class Lab:
+    """The running lab of a topology, as drills need it."""
+
+    def __init__(self, topology: str) -> None:
+        self.topology = topology
+        self.machines = hosts.machines(topology)
+        self._containers = {
+            container.name.removeprefix(f"iot-{topology}-"): container
+            for container in hosts.containers()
+            if container.is_ours() and container.topology == topology
+        }
+        missing = {machine.name for machine in self.machines} - set(self._containers)
+        if missing:
+            raise LabError(
+                f"drills need a lab in containers, and {', '.join(sorted(missing))} is none of "
+                f"this checkout's: TOPOLOGY={topology} make lab"
+            )
+
+    def container(self, machine: Machine) -> str:
+        """Return the id of a host's container."""
+        return self._containers[machine.name].id
+
+    def named(self, names: Sequence[str]) -> list[Machine]:
+        """Return the machines of these groups and names."""
+        return [m for m in self.machines if m.name in names or set(m.groups) & set(names)]
+
+
+def on_host(machine: Machine, script: str, timeout: float = 120) -> str:
+    """Run a shell script as root and return what it prints. Raises LabError when it fails."""
+    done = remote.run(machine, "sudo bash -es", script=script, timeout=timeout)
+    if done.returncode:
+        raise LabError(f"{machine.name}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def everywhere(machines: Sequence[Machine], script: str) -> None:
+    """Run a shell script as root on several hosts at the same time. Raises LabError."""
+    remote.everywhere(machines, lambda machine: on_host(machine, script))
+
+
+def _undone_after(seconds: float, undo: str) -> str:
+    """Return the shell line by which a host undoes it by itself."""
+    timer = "iot-drill-undo"
+    return (
+        f"systemctl stop {timer}.timer 2>/dev/null || true\n"
+        f"systemd-run --quiet --on-active={seconds + GRACE:.0f} --unit={timer} "
+        f"bash -c {shlex.quote(undo)}\n"
+    )
+
+
+@contextmanager
+def _for_a_while(machines: Sequence[Machine], do: str, undo: str, seconds: float) -> Iterator[None]:
+    try:
+        everywhere(machines, _undone_after(seconds, undo) + do)
+        yield
+    finally:
+        everywhere(machines, f"systemctl stop iot-drill-undo.timer 2>/dev/null || true\n{undo}")
+
+
+@contextmanager
+def kill(lab: Lab, machines: Sequence[Machine], step: Step) -> Iterator[None]:
+    """SIGKILL a service. systemd starts it again."""
+    everywhere(machines, f"systemctl kill --signal=SIGKILL {step.argument}")
+    yield
+
+
+def stop(lab: Lab, machines: Sequence[Machine], step: Step) -> AbstractContextManager[None]:
+    """Stop a service, and start it again."""
+    unit = step.argument
+    return _for_a_while(machines, f"systemctl stop {unit}", f"systemctl start {unit}", step.seconds)
+
+
+def freeze(lab: Lab, machines: Sequence[Machine], step: Step) -> AbstractContextManager[None]:
+    """SIGSTOP a service, and let it go on. systemd may have restarted it meanwhile."""
+    signal = f"systemctl kill --signal=%s {step.argument}"
+    return _for_a_while(machines, signal % "SIGSTOP", signal % "SIGCONT", step.seconds)
+
+
+@contextmanager
+def power_off(lab: Lab, machines: Sequence[Machine], step: Step) -> Iterator[None]:
+    """Take a host's power, and give it back."""
+    containers = [lab.container(machine) for machine in machines]
+    try:
+        for container in containers:
+            engine("kill", "--signal=KILL", container)
+        yield
+    finally:
+        for machine, container in zip(machines, containers, strict=True):
+            # The engine takes a moment to notice that it is off.
+            until = time.monotonic() + 20
+            while engine("inspect", "--format={{.State.Running}}", container) == "true":
+                if time.monotonic() > until:
+                    raise LabError(f"{machine.name} does not go off")
+                time.sleep(0.2)
+            engine("start", container)
+
+
+def cut_off(lab: Lab, machines: Sequence[Machine], step: Step) -> AbstractContextManager[None]:
+    """Let a host hear nobody of these groups, and nobody of them hear it."""
+    others = [m.address for m in lab.named(step.argument)]
+    table = "inet iot_drill"
+    do = f"""
+        nft add table {table}
+        for way in input output; do
+            nft add chain {table} $way "{{ type filter hook $way priority -300; }}"
+        done
+        here=$(hostname -I)
+        for other in {" ".join(others)}; do
+            case " $here " in *" $other "*) continue ;; esac
+            nft add rule {table} input ip saddr $other drop
+            nft add rule {table} output ip daddr $other drop
+        done
+    """
+    undo = f"nft delete table {table} 2>/dev/null || true"
+    return _for_a_while(machines, f"{undo}\n{do}", undo, step.seconds)
+
+
+@contextmanager
+def small_disk(lab: Lab, machines: Sequence[Machine], step: Step) -> Iterator[None]:
+    """Move a service's data to a small volume, and back."""
+    unit = step.argument
+    data = DATA[unit]
+    begin = f"""
+        systemctl stop {unit}
+        used=$(du -sm {data} | cut -f1)
+        mkdir -p {VOLUME}
+        mount -t tmpfs -o size=$((used + {ROOM_MB}))m iot-drill {VOLUME}
+        cp -a --sparse=always {data}/. {VOLUME}/
+        chown --reference={data} {VOLUME}; chmod --reference={data} {VOLUME}
+        mount --bind {VOLUME} {data}
+        systemctl start {unit}
+    """
+    end = f"""
+        mountpoint -q {data} || exit 0
+        rm -f {data}/.drill-filler
+        systemctl stop {unit}
+        umount {data}
+        find {data} -mindepth 1 -delete
+        cp -a --sparse=always {VOLUME}/. {data}/
+        umount {VOLUME}; rmdir {VOLUME}
+        systemctl start {unit}
+    """
+    try:
+        for machine in machines:
+            on_host(machine, begin, timeout=300)
+        yield
+    finally:
+        for machine in machines:
+            on_host(machine, end, timeout=300)
+
+
+def fill(lab: Lab, machines: Sequence[Machine], step: Step) -> AbstractContextManager[None]:
+    """Fill the small volume of a service's data, and free it."""
+    filler = f"{DATA[step.argument]}/.drill-filler"
+    # Until nothing is left, also of what the service frees meanwhile.
+    do = f"""
+        cat /dev/zero > {filler} 2>/dev/null || true
+        test "$(df --output=avail {DATA[step.argument]} | tail -n 1)" -eq 0
+    """
+    return _for_a_while(machines, do, f"rm -f {filler}", step.seconds)
+
+
+@contextmanager
+def play(lab: Lab, machines: Sequence[Machine], step: Step) -> Iterator[None]:
+    """Run playbooks, with the variables and the additional inventory of the step."""
+    argument: Mapping[str, Any] = step.argument
+    extra = argument.get("inventory")
+    command = [
+        str(paths.TOOLS / "bin" / "ansible-playbook"),
+        *("--inventory", str(paths.INVENTORY / lab.topology)),
+        *(("--inventory", str(FOLDER / extra)) if extra else ()),
+        *("--extra-vars", json.dumps(argument.get("variables", {}))),
+        *(("--limit", argument["limit"]) if "limit" in argument else ()),
+        *(str(paths.ROOT / playbook) for playbook in argument["playbooks"]),
+    ]
+    log = paths.LOGS / "drill.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        done = subprocess.run(
+            command,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=paths.ROOT / "ansible",
+            env={**os.environ, "ANSIBLE_CONFIG": str(paths.ROOT / "ansible" / "ansible.cfg")},
+        )
+    if done.returncode:
+        end = "\n".join(log.read_text().splitlines()[-30:])
+        raise LabError(f"{' '.join(argument['playbooks'])} failed:\n{end}")
+    yield
+
+
+@contextmanager
+def send(lab: Lab, machines: Sequence[Machine], step: Step) -> Iterator[None]:
+    """Run a script of tests/drills/on_host with the apps' Python, as root."""
+    script = (FOLDER / "on_host" / step.argument["script"]).read_text()
+    words = ["sudo", RELEASE_PYTHON, "-", *map(str, step.argument.get("arguments", []))]
+    for machine in machines:
+        done = remote.run(machine, shlex.join(words), script=script, timeout=900)
+        if done.returncode:
+            raise LabError(f"{machine.name}: {done.stderr.strip()[-2000:]}")
+    yield
+
+
+Fault = Callable[[Lab, Sequence[Machine], Step], AbstractContextManager[None]]
+FAULTS: dict[str, Fault] = {
+    "kill": kill,
+    "stop": stop,
+    "freeze": freeze,
+    "power_off": power_off,
+    "cut_off": cut_off,
+    "fill": fill,
+    "play": play,
+    "send": send,
+}
+AROUND: dict[str, Fault] = {"fill": small_disk}
+"""What a fault needs to be there before it begins, and until the hosts work again."""
+
+
+def undo_leftovers(lab: Lab) -> None:
+    """Undo what a drill left that was cut off. Hosts that are off are started."""
+    for machine in lab.machines:
+        if engine("inspect", "--format={{.State.Running}}", lab.container(machine)) != "true":
+            engine("start", lab.container(machine))

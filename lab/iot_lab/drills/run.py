@@ -1,0 +1,231 @@
+"""Runs a drill on the running lab, and judges it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from iot_lab import paths, remote, report
+from iot_lab.console import say
+from iot_lab.drills import faults
+from iot_lab.drills.drill import Drill, Step
+from iot_lab.drills.watch import STAGES, Watch, load
+from iot_lab.hosts import Machine
+from iot_lab.shell import LabError
+
+SETTLED = 5.0  # seconds of undisturbed work before anything is done
+PATIENCE = 300.0  # seconds that the lab has to be whole again
+# Findings that say nothing of whether the lab can take the next blow.
+HARMLESS = frozenset({"dead-letters", "consumer-lag", "audit-stale", "audit-missing"})
+
+
+@dataclass
+class Row:
+    """What was seen of one step on the hosts that it hit together."""
+
+    what: str
+    hosts: str
+    lasted: float  # seconds
+    back: float | None = None  # seconds from its end until every stage and each hit host worked
+    pauses: dict[str, float] = field(default_factory=dict)  # longest, in seconds, by stage
+    health: list[str] = field(default_factory=list)  # findings while it lasted
+    health_seconds: float = 0
+    wrong: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Outcome:
+    """What was seen of a drill."""
+
+    name: str
+    summary: str
+    topology: str
+    rows: list[Row]
+    audit: dict[str, Any]
+    failures: float
+    restarts: int
+    wrong: list[str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether all held that must."""
+        return not self.wrong and not any(row.wrong for row in self.rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON can say it."""
+        return asdict(self) | {"passed": self.passed}
+
+
+def run(lab: faults.Lab, drill: Drill) -> Outcome:
+    """Run a drill to its end, undo what it did, and return what was seen.
+
+    Raises LabError when the lab is not well before, or something cannot be done to it.
+    """
+    faults.undo_leftovers(lab)
+    _until_whole(lab, "before the drill")
+    before = _audit(lab)
+    watch = Watch(lab.machines)
+    rows: list[Row] = []
+    with load(lab.machines, drill.rate), watch.running():
+        _wait(lambda: watch.has_worked(time.monotonic() - 1), 120, "every stage works")
+        time.sleep(SETTLED)
+        for step in drill.steps:
+            for hit in step.rounds(lab.machines):
+                failures, restarts = watch.failures(), watch.restarts()
+                row = _do(lab, watch, step, hit)
+                if step.no_failures:
+                    _expect_none(row, "failed sends", watch.failures() - failures)
+                    if step.action != "play" or not step.argument.get("restarts_services"):
+                        _expect_none(row, "restarts of services", watch.restarts() - restarts)
+                rows.append(row)
+                say(f"    {describe(row)}")
+        failures, restarts = watch.failures(), watch.restarts()
+    expected_letters = sum(step.sends_dead_letters for step in drill.steps)
+    after, wrong = _judge(lab, before, expected_letters)
+    if expected_letters:
+        words = "sudo iot-pipeline dead-letters drop --since 2h --yes"
+        remote.run(lab.named(["storage_nodes"])[0], words, timeout=300)
+    if not all(step.health == () for step in drill.steps):
+        _until_whole(lab, "after the drill")
+    return Outcome(drill.name, drill.summary, lab.topology, rows, after, failures, restarts, wrong)
+
+
+def describe(row: Row) -> str:
+    """Say in a line what was seen of a step."""
+    pauses = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in row.pauses.items())
+    back = "not back" if row.back is None else f"back after {row.back:.1f} s"
+    seen = f"; health: {', '.join(row.health)} ({row.health_seconds:.0f} s)" if row.health else ""
+    wrong = "".join(f"\n      WRONG: {what}" for what in row.wrong)
+    return f"{row.what} {row.hosts}: {back}; longest pauses (s): {pauses}{seen}{wrong}"
+
+
+def _do(lab: faults.Lab, watch: Watch, step: Step, hit: Sequence[Machine]) -> Row:
+    what = _name(step)
+    names = ", ".join(machine.name for machine in hit)
+    say(f"    {what} {names}" + (f" for {step.seconds:.0f} s" if step.seconds else ""))
+    row = Row(what, names, 0)
+    around = faults.AROUND.get(step.action)
+    with around(lab, hit, step) if around else nullcontext():
+        if around:
+            _until_whole(lab, "on the small disk")
+            _wait(lambda: watch.has_worked(time.monotonic() - 1), PATIENCE, "every stage works")
+            time.sleep(SETTLED)
+        began = time.monotonic()
+        with ExitStack() as fault:
+            fault.enter_context(faults.FAULTS[step.action](lab, hit, step))
+            if step.health:
+                # What lasts is seen after the brokers and groups have noticed.
+                time.sleep(min(step.seconds / 3, 30))
+                asked = time.monotonic()
+                found = health(lab)
+                row.health_seconds = time.monotonic() - asked
+                row.health = sorted({finding["name"] for finding in found["findings"]})
+                row.wrong += [
+                    f"health did not name {n}" for n in step.health if n not in row.health
+                ]
+            time.sleep(max(0.0, began + step.seconds - time.monotonic()))
+            # A kill is over at once, a fault when it begins to be undone.
+            ended = time.monotonic() if step.seconds else began
+        if step.action == "play":
+            ended = time.monotonic()
+        row.lasted = ended - began
+        try:
+            _wait(lambda: watch.has_worked(ended, hit), PATIENCE, "every stage works")
+            row.back = time.monotonic() - ended
+        except LabError as error:
+            row.wrong.append(str(error))
+        if step.back_within is not None and row.back is not None and row.back > step.back_within:
+            row.wrong.append(f"back after {row.back:.1f} s, not within {step.back_within:.0f} s")
+        until = time.monotonic()
+        row.pauses = {stage: watch.longest_pause(stage, began, until) for stage in STAGES}
+        _until_whole(lab, f"after {what}")
+    return row
+
+
+def _name(step: Step) -> str:
+    if step.action == "play":
+        return str(step.argument.get("name") or " ".join(step.argument["playbooks"]))
+    if step.action == "send":
+        return str(step.argument.get("name") or step.argument["script"])
+    argument = step.argument if isinstance(step.argument, str) else " ".join(step.argument or [])
+    return f"{step.action.replace('_', ' ')} {argument}".strip()
+
+
+def health(lab: faults.Lab) -> dict[str, Any]:
+    """Ask `lab health`. Raises LabError when it cannot tell."""
+    done = subprocess.run(
+        [str(paths.ROOT / "lab" / "bin" / "lab"), "health", "--topology", lab.topology, "--json"],
+        check=False,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout)
+    except ValueError as error:
+        raise LabError(f"health: {done.stderr.strip() or done.stdout.strip()}") from error
+    return answer
+
+
+def _until_whole(lab: faults.Lab, when: str) -> None:
+    """Wait until health finds nothing that matters. Raises LabError."""
+    ends = time.monotonic() + PATIENCE
+    while True:
+        found = [f for f in health(lab)["findings"] if f["name"] not in HARMLESS]
+        if not found:
+            return
+        if time.monotonic() > ends:
+            listed = ", ".join(
+                f"{f['name']} {f.get('host', '')} {f.get('detail', '')}" for f in found
+            )
+            raise LabError(f"{when}, the lab is not well within {PATIENCE:.0f} s: {listed}")
+        time.sleep(1)
+
+
+def _wait(reached: Callable[[], bool], seconds: float, what: str) -> None:
+    ends = time.monotonic() + seconds
+    while not reached():
+        if time.monotonic() > ends:
+            raise LabError(f"waited {seconds:.0f} s in vain until {what}")
+        time.sleep(0.1)
+
+
+def _expect_none(row: Row, what: str, count: float) -> None:
+    if count:
+        row.wrong.append(f"{count:.0f} {what}")
+
+
+def _audit(lab: faults.Lab) -> dict[str, Any]:
+    storage = report.auditor(lab.machines)
+    if storage is None:
+        raise LabError("no host of the inventory is in the group storage_nodes")
+    done = remote.run(storage, "sudo iot-pipeline audit --json", timeout=300)
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout)
+    except ValueError as error:
+        raise LabError(f"audit: {done.stderr.strip()}") from error
+    return answer
+
+
+def _judge(
+    lab: faults.Lab, before: dict[str, Any], letters: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Audit until nothing is on its way. Returns what was added meanwhile, and what is wrong."""
+    ends = time.monotonic() + PATIENCE
+    while True:
+        now = _audit(lab)
+        counted = ("produced", "stored", "predicted", "missing", "duplicated", "dead_lettered")
+        added = {name: now[name] - before[name] for name in counted}
+        wrong = [f"{added[name]} {name}" for name in ("missing", "duplicated") if added[name]]
+        if added["dead_lettered"] != letters:
+            wrong.append(f"{added['dead_lettered']} dead letters instead of {letters}")
+        if added["stored"] < added["produced"] or added["predicted"] < added["produced"]:
+            wrong.append("not all that was produced is stored with its prediction")
+        if not wrong or time.monotonic() > ends:
+            return added, wrong
+        time.sleep(3)

@@ -1,0 +1,165 @@
+"""Load and observers: the producer's service sends faster, and each stage is watched."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from iot_lab import remote
+from iot_lab.drills.drill import FOLDER
+from iot_lab.hosts import Machine
+from iot_lab.shell import LabError
+
+STAGES = {
+    "produce": ("producers", "iot-producer"),
+    "infer": ("inference_nodes", "iot-inference"),
+    "store": ("storage_nodes", "iot-storage"),
+}
+"""Stage: the group of its hosts, and its service."""
+
+DROP_IN = "/etc/systemd/system/iot-producer.service.d/drill.conf"
+LONGEST = 5400  # seconds after which a forgotten load ends by itself
+# A link that is dead is noticed within seconds.
+ALIVE = ("-o", "ServerAliveInterval=1", "-o", "ServerAliveCountMax=3")
+
+
+@dataclass
+class Observer:
+    """What one host's service has done so far, by its metrics."""
+
+    machine: Machine
+    service: str
+    progress: list[float] = field(default_factory=list)  # when results were confirmed
+    failures: float = 0  # writes that a sink refused or missed
+    starts: set[float] = field(default_factory=set)  # of its process
+    answers: int = 0
+
+    def follow(self, ended: threading.Event) -> None:
+        """Watch until the end, through restarts and outages of the host."""
+        script = (FOLDER / "on_host" / "watch.py").read_text()
+        while not ended.is_set():
+            words = remote.command(self.machine, "sudo", "python3", "-u", "-", self.service)
+            process = subprocess.Popen(
+                [words[0], *ALIVE, *words[1:]],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,
+            )
+            assert process.stdin is not None  # noqa: S101 - stdin=PIPE makes it one
+            assert process.stdout is not None  # noqa: S101
+            try:
+                process.stdin.write(script)
+                process.stdin.close()
+                out = failed = 0.0
+                for line in process.stdout:
+                    if ended.is_set():
+                        break
+                    seen = json.loads(line)
+                    self.answers += 1
+                    self.starts.add(seen["started"])
+                    # A process that was restarted counts from nothing again.
+                    if seen["out"] != out and self.answers > 1:
+                        self.progress.append(time.monotonic())
+                    self.failures += max(0.0, seen["failures"] - failed) if self.answers > 1 else 0
+                    out, failed = seen["out"], seen["failures"]
+            except (OSError, ValueError):
+                pass
+            finally:
+                process.kill()
+                process.wait()
+            ended.wait(0.5)
+
+
+class Watch:
+    """All stages of a lab."""
+
+    def __init__(self, machines: Sequence[Machine]) -> None:
+        self.stages = {
+            stage: [Observer(machine, service) for machine in machines if group in machine.groups]
+            for stage, (group, service) in STAGES.items()
+        }
+        self._ended = threading.Event()
+
+    def of(self, machine: Machine) -> list[Observer]:
+        """Return the observers of one host."""
+        return [o for o in self._all() if o.machine == machine]
+
+    def _all(self) -> list[Observer]:
+        return [observer for observers in self.stages.values() for observer in observers]
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Watch as long as the body runs."""
+        threads = [
+            threading.Thread(target=observer.follow, args=(self._ended,), daemon=True)
+            for observer in self._all()
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self._ended.set()
+            for thread in threads:
+                thread.join(timeout=10)
+
+    def longest_pause(self, stage: str, since: float, until: float) -> float:
+        """Return the longest time, in seconds, in which a stage confirmed nothing."""
+        seen = sorted(t for o in self.stages[stage] for t in o.progress if since <= t <= until)
+        marks = [since, *seen, until]
+        return max(later - earlier for earlier, later in pairwise(marks))
+
+    def has_worked(self, since: float, hit: Sequence[Machine] = ()) -> bool:
+        """Tell whether every stage has confirmed something since then, and each of these hosts."""
+        stages = all(
+            any(o.progress and o.progress[-1] > since for o in os) for os in self.stages.values()
+        )
+        hosts = all(o.progress and o.progress[-1] > since for m in hit for o in self.of(m))
+        return stages and hosts
+
+    def failures(self) -> float:
+        """Return how many writes a sink refused or missed so far."""
+        return sum(observer.failures for observer in self._all())
+
+    def restarts(self) -> int:
+        """Return how many times a service was started again so far."""
+        return sum(len(observer.starts) - 1 for observer in self._all() if observer.starts)
+
+
+@contextmanager
+def load(machines: Sequence[Machine], rate: float) -> Iterator[None]:
+    """Have the producers' own services send this many images a second as long as the body runs.
+
+    Raises LabError when one cannot be told.
+    """
+    producers = [machine for machine in machines if "producers" in machine.groups]
+    interval = len(producers) / rate
+    undo = f"rm -f {DROP_IN}; systemctl daemon-reload; systemctl restart iot-producer"
+    begin = f"""
+        mkdir -p {DROP_IN.rpartition("/")[0]}
+        echo IOT_INTERVAL={interval} > /run/iot-drill.env
+        printf '[Service]\\nEnvironmentFile=-/run/iot-drill.env\\n' > {DROP_IN}
+        systemctl daemon-reload
+        systemctl restart iot-producer
+        systemctl stop iot-drill-load.timer 2>/dev/null
+        systemd-run --quiet --on-active={LONGEST} --unit=iot-drill-load sh -c '{undo}'
+    """
+    try:
+        for machine in producers:
+            done = remote.run(
+                machine, "sudo sh -e", script=begin.replace("2>/dev/null", "2>/dev/null || true")
+            )
+            if done.returncode:
+                raise LabError(f"{machine.name}: {done.stderr.strip()}")
+        yield
+    finally:
+        for machine in producers:
+            remote.run(machine, "sudo sh", script=f"systemctl stop iot-drill-load.timer; {undo}")
