@@ -24,7 +24,7 @@ class Step:
 
     action: str
     argument: Any
-    on: Sequence[str] = ()  # groups and hosts
+    hosts: Sequence[str] = ()  # and groups
     together: bool = False  # all of them at once, instead of one after the other
     seconds: float = 0  # how long it lasts before it is undone
     health: Sequence[str] = ()  # findings that health must name while it lasts
@@ -34,8 +34,8 @@ class Step:
 
     def rounds(self, machines: Sequence[Machine]) -> Iterator[list[Machine]]:
         """Give the hosts that are hit at the same time, round by round. Nobody is one round."""
-        hit = [m for m in machines if m.name in self.on or set(m.groups) & set(self.on)]
-        if self.together or not self.on:
+        hit = [m for m in machines if m.name in self.hosts or set(m.groups) & set(self.hosts)]
+        if self.together or not self.hosts:
             yield hit
         else:
             yield from ([machine] for machine in hit)
@@ -77,7 +77,7 @@ def load(name: str) -> Drill:
 def parse(file: Path) -> Drill:
     """Read a drill's file. Raises LabError, naming the file and the mistake."""
     try:
-        content = yaml.safe_load(file.read_text())
+        content = dict(yaml.safe_load(file.read_text()))
         steps = [_step(step) for step in content.pop("steps")]
         return Drill(name=file.stem, steps=steps, **content)
     except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
@@ -89,7 +89,7 @@ def _step(content: Mapping[str, Any]) -> Step:
     if len(actions) != 1:
         raise ValueError(f"a step does one of {', '.join(ACTIONS)}, not {actions or 'nothing'}")
     rest = {key: value for key, value in content.items() if key != actions[0]}
-    for listed in ("on", "health"):
+    for listed in ("hosts", "health"):
         if isinstance(rest.get(listed), str):
             rest[listed] = [rest[listed]]
     return Step(action=actions[0], argument=content[actions[0]], **rest)

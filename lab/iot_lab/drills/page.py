@@ -57,7 +57,7 @@ def render(known: Mapping[str, Any]) -> list[str]:
         verdict = "" if seen["passed"] else " **did not hold**"
         lines.append(
             f"| **{name}** | {seen['summary']} ({seen['topology']}): {judged}{verdict} |"
-            + " |" * (4 + len(STAGES))
+            + " |" * (3 + len(STAGES))
         )
         for row in seen["rows"]:
             back = "not" if row["back"] is None else f"{row['back']:.1f}"

@@ -1,0 +1,147 @@
+"""What drills are made of. What they do is seen on a running lab: make drill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from iot_lab import hosts
+from iot_lab.drills import drill, faults, page
+from iot_lab.drills.watch import STAGES, Watch
+from iot_lab.hosts import Machine
+from iot_lab.shell import LabError
+
+
+def machine(name: str, *groups: str) -> Machine:
+    return Machine(name, "192.168.56.9", 512, 1, "debian13", groups)
+
+
+LAB = [
+    machine("p", "producers"),
+    machine("b1", "kafka_brokers"),
+    machine("b2", "kafka_brokers"),
+    machine("i", "inference_nodes"),
+    machine("s", "storage_nodes"),
+]
+
+
+@pytest.mark.parametrize("name", drill.names())
+def test_a_drill_can_be_run_somewhere(name: str) -> None:
+    found = drill.load(name)
+    assert found.steps
+    able = [t for t in hosts.topologies() if not found.lacks(hosts.machines(t))]
+    assert able, "no topology has what it needs"
+    groups = {g for t in able for m in hosts.machines(t) for g in (m.name, *m.groups)}
+    for step in found.steps:
+        assert set(step.hosts) <= groups
+        assert step.action == "play" or list(step.rounds(hosts.machines(able[0])))
+        # What lasts says for how long, and what is named while it lasts has to last.
+        if step.action in {"stop", "freeze", "power_off", "cut_off", "fill"}:
+            assert step.seconds > 0
+        assert step.seconds > 0 or not step.health
+        for playbook in step.argument["playbooks"] if step.action == "play" else ():
+            assert (drill.FOLDER.parents[1] / playbook).is_file()
+
+
+def test_every_action_is_known_how_to_do_and_documented() -> None:
+    assert set(drill.ACTIONS) == set(faults.FAULTS)
+    words = page.PAGE.read_text()
+    assert [action for action in drill.ACTIONS if f"`{action}:" not in words] == []
+
+
+def test_some_are_short_enough_for_the_tests() -> None:
+    short = [found for name in drill.names() if (found := drill.load(name)).short]
+    assert short
+    assert sum(step.seconds for found in short for step in found.steps) <= 120
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ({"summary": "x"}, "steps"),
+        ({"summary": "x", "steps": [{"hosts": "producers"}]}, "a step does one of kill"),
+        ({"summary": "x", "steps": [{"kill": "a", "stop": "b"}]}, "['kill', 'stop']"),
+        ({"summary": "x", "steps": [{"kill": "a", "host": "b"}]}, "host"),
+        ({"summary": "x", "steps": [], "fast": True}, "fast"),
+        (["x"], "sequence"),
+    ],
+)
+def test_a_mistake_is_named(tmp_path: Path, content: object, reason: str) -> None:
+    file = tmp_path / "odd.yml"
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(LabError, match=r"odd\.yml: ") as error:
+        drill.parse(file)
+    assert reason in str(error.value)
+
+
+def test_hosts_are_hit_in_turn_or_together() -> None:
+    step = drill.Step("kill", "kafka.service", hosts=["kafka_brokers", "s"])
+    assert [[m.name for m in hit] for hit in step.rounds(LAB)] == [["b1"], ["b2"], ["s"]]
+    step = drill.Step("kill", "kafka.service", hosts=["kafka_brokers"], together=True)
+    assert [[m.name for m in hit] for hit in step.rounds(LAB)] == [["b1", "b2"]]
+    assert list(drill.Step("play", {}).rounds(LAB)) == [[]]
+
+
+def test_what_a_topology_lacks_is_said() -> None:
+    assert not drill.Drill("x", "x", [], needs={"kafka_brokers": 2}).lacks(LAB)
+    assert "3 hosts in kafka_brokers" in drill.Drill(
+        "x", "x", [], needs={"kafka_brokers": 3}
+    ).lacks(LAB)
+
+
+def test_the_longest_pause_counts_from_the_blow_to_the_return() -> None:
+    watch = Watch([*LAB, machine("i2", "inference_nodes")])
+    first, second = watch.stages["infer"]
+    first.progress, second.progress = [10.0, 11.0, 19.0], [12.0, 25.0]
+    assert watch.longest_pause("infer", 10, 20) == 7  # 12 to 19: one host works for both
+    assert watch.longest_pause("infer", 10, 30) == 6 + 1
+    assert watch.longest_pause("infer", 26, 29) == 3  # nothing at all
+    assert watch.longest_pause("store", 26, 29) == 3
+
+
+def test_a_stage_works_when_one_host_does_and_a_hit_host_must_itself() -> None:
+    watch = Watch([*LAB, machine("i2", "inference_nodes")])
+    for stage in STAGES:
+        watch.stages[stage][0].progress = [10.0]
+    assert watch.has_worked(9)
+    assert not watch.has_worked(10)
+    assert not watch.has_worked(9, [machine("i2", "inference_nodes")])
+    # Of what is no stage, the stages tell.
+    assert watch.has_worked(9, [LAB[1]])
+
+
+def test_services_that_were_started_again_are_counted() -> None:
+    watch = Watch(LAB)
+    watch.stages["store"][0].starts = {1.0, 2.0, 3.0}
+    watch.stages["infer"][0].starts = {1.0}
+    assert watch.restarts() == 2
+
+
+def test_the_page_has_a_line_for_each_blow(tmp_path: Path) -> None:
+    audit = {"produced": 9, "missing": 1, "duplicated": 0, "dead_lettered": 0}
+    row = {"what": "kill x", "hosts": "b1", "lasted": 0, "back": None, "health": ["broker-lost"]}
+    outcome = {
+        "name": "kill",
+        "summary": "All die",
+        "topology": "cluster",
+        "audit": audit,
+        "failures": 3,
+        "passed": False,
+        "rows": [row | {"pauses": dict.fromkeys(STAGES, 1.25)}],
+    }
+    results, file = tmp_path / "drills.json", tmp_path / "drills.md"
+    file.write_text(f"before\n{page.MARKS[0]}\nis old\n{page.MARKS[1]}\nafter\n")
+    page.keep(outcome, results)
+    page.keep(outcome, results)
+    page.write(file, results)
+    text = file.read_text()
+    assert "1 missing" in text
+    assert "**did not hold**" in text
+    assert text.count("| | kill x b1 | 0 | not | 1.2 | 1.2 | 1.2 | broker-lost |") == 1
+    assert "is old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
