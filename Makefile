@@ -6,7 +6,7 @@ LAB := lab/bin/lab
 export TOPOLOGY ?= couchdb
 
 .DEFAULT_GOAL := help
-.PHONY: help lab demo test unit integration lint audit bench drill lab-check lab-status lab-report lab-ssh \
+.PHONY: help lab demo test unit integration lint audit health bench drill lab-check lab-status lab-report lab-ssh \
         lab-destroy train lock clean
 
 help: ## List these targets
@@ -40,6 +40,9 @@ lint: ## Linters and type checks
 
 audit: ## Is every image stored and predicted, once? Asks the storage host; ARGS=--json
 	@$(LAB) audit $(ARGS)
+
+health: ## What is wrong? Hosts, services, brokers, lag, disks; ARGS=--json; exit status for monitoring
+	@$(LAB) health $(ARGS)
 
 bench: ## Measure the pipeline on the running lab, about half an hour; ARGS=--help
 	@$(LAB) bench $(ARGS)

@@ -130,6 +130,10 @@ def _parser() -> argparse.ArgumentParser:
     command = add("audit", _audit, "run `iot-pipeline audit` on the storage host, with its options")
     add_topology(command)
 
+    command = add("health", _health, "tell what is wrong; exit status 0, 1, 2 or 3")
+    add_topology(command)
+    command.add_argument("--json", action="store_true", help="the whole report, on one line")
+
     command = add("ssh", _ssh, "open a shell on a host, or run a command there")
     add_topology(command)
     command.add_argument("host", help="its name in the inventory")
@@ -210,6 +214,14 @@ def _audit(options: argparse.Namespace) -> int:
         raise LabError("no host of the inventory is in the group storage_nodes")
     words = shlex.join(["sudo", "iot-pipeline", "audit", *options.passed_on])
     return _replace(remote.command(storage, words))
+
+
+def _health(options: argparse.Namespace) -> int:
+    inventory = paths.INVENTORY / options.topology
+    os.environ["PATH"] = f"{paths.TOOLS / 'bin'}:{os.environ['PATH']}"
+    program = str(paths.ROOT / "ansible" / "health")
+    form = ["--json"] if options.json else []
+    return _replace([program, *form, f"--inventory={inventory}"])
 
 
 def _ssh(options: argparse.Namespace) -> int:
