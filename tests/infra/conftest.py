@@ -5,7 +5,7 @@
 The hosts are reached by ssh as Ansible reaches them, and sudo must not ask for a password there.
 Tests marked e2e send images and a few broken records through the pipeline, and try to write what
 nobody but the admin may; leave them out with `-m "not e2e"`, and the others only look, log in with
-what must be refused, and knock at ports. What breaks something on purpose needs `--drills`.
+what must be refused, and knock at ports. What breaks something on purpose is a drill: docs/drills.md.
 """
 
 import datetime as dt
@@ -166,11 +166,6 @@ NODES = pytest.StashKey[dict[str, Node]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--drills",
-        action="store_true",
-        help="also kill what the pipeline must do without for a while",
-    )
     parser.addoption(
         "--also-listening",
         action="append",

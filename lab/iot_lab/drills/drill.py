@@ -29,7 +29,9 @@ class Step:
     seconds: float = 0  # how long it lasts before it is undone
     health: Sequence[str] = ()  # findings that health must name while it lasts
     back_within: float | None = None  # seconds after it ends until every stage works again
-    no_failures: bool = False  # no send may fail, no service may restart meanwhile
+    no_failures: bool = False  # no write may fail, and no service may say an error meanwhile
+    no_restarts: bool = False  # of the pipeline's services
+    unsaid: str = ""  # a pattern that no service's journal may show meanwhile
     sends_dead_letters: int = 0
 
     def rounds(self, machines: Sequence[Machine]) -> Iterator[list[Machine]]:

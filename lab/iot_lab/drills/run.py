@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -76,12 +77,16 @@ def run(lab: faults.Lab, drill: Drill) -> Outcome:
         time.sleep(SETTLED)
         for step in drill.steps:
             for hit in step.rounds(lab.machines):
-                failures, restarts = watch.failures(), watch.restarts()
+                began, failures, restarts = time.time(), watch.failures(), watch.restarts()
                 row = _do(lab, watch, step, hit)
                 if step.no_failures:
-                    _expect_none(row, "failed sends", watch.failures() - failures)
-                    if step.action != "play" or not step.argument.get("restarts_services"):
-                        _expect_none(row, "restarts of services", watch.restarts() - restarts)
+                    _expect_none(row, "failed writes", watch.failures() - failures)
+                    _expect_none(row, "errors in journals", _said(lab, began, "--priority=err"))
+                if step.no_restarts:
+                    _expect_none(row, "restarts of services", watch.restarts() - restarts)
+                if step.unsaid:
+                    said = _said(lab, began, f"--grep={step.unsaid}")
+                    _expect_none(row, f"times {step.unsaid} in journals", said)
                 rows.append(row)
                 say(f"    {describe(row)}")
         failures, restarts = watch.failures(), watch.restarts()
@@ -198,6 +203,14 @@ def _wait(reached: Callable[[], bool], seconds: float, what: str) -> None:
 def _expect_none(row: Row, what: str, count: float) -> None:
     if count:
         row.wrong.append(f"{count:.0f} {what}")
+
+
+def _said(lab: faults.Lab, since: float, *which: str) -> int:
+    """Count what the pipeline's services have said of a kind since then (seconds since 1970)."""
+    words = ["journalctl", "--unit=iot-*", f"--since=@{since:.0f}", "--output=cat", "--no-pager"]
+    script = f"{shlex.join([*words, '--quiet', *which])} || true"
+    answers = remote.everywhere(lab.machines, lambda m: faults.on_host(m, script))
+    return sum(len(answer.splitlines()) for answer in answers.values())
 
 
 def _audit(lab: faults.Lab) -> dict[str, Any]:
