@@ -720,18 +720,25 @@ class Pipeline:
         """How many documents hold an image and its prediction."""
         return sum(STORED_AT in document for document in self.documents().values())
 
-    def run(self, command: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    def tool_environment(self, user: str) -> dict[str, str]:
+        """The environment of a command that ends by itself, for the one that connects as `user`."""
+        return _clean_environment() | self.database_environment | self._environment_of(user)
+
+    def run(self, *words: str, user: str = "iot-audit") -> subprocess.CompletedProcess[str]:
         """Run a command that ends by itself, such as the audit, and return what it printed."""
         return subprocess.run(
-            [str(APPS / "iot-pipeline"), command, *flags],
-            env=_clean_environment()
-            | self.database_environment
-            | self._environment_of("iot-audit"),
+            [str(APPS / "iot-pipeline"), *words],
+            env=self.tool_environment(user),
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=300,
             check=False,
         )
+
+    def dead_letters(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run `iot-pipeline dead-letters` as the one who may."""
+        return self.run("dead-letters", *words, user="iot-operator")
 
     def audit(self, *flags: str) -> tuple[int, dict[str, Any]]:
         """Run the audit; returns its exit status and what it found.

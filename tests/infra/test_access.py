@@ -321,11 +321,17 @@ MAY: dict[str, set[str]] = {
         "join iot-storage",
     },
     "iot-audit": {"read {images}", "read {predictions}", "read {dead_letters}"},
+    "iot-operator": {
+        "write {images}",
+        "write {predictions}",
+        "read {dead_letters}",
+        "write {dead_letters}",
+    },
 }
 APPS = {
     "producers": {"iot-producer"},
     "inference_nodes": {"iot-inference"},
-    "storage_nodes": {"iot-storage", "iot-audit"},
+    "storage_nodes": {"iot-storage", "iot-audit", "iot-operator"},
 }
 
 
@@ -343,7 +349,7 @@ def test_apps_may_do_at_kafka_what_they_need_and_nothing_else(
         int(topic["config"].get("max.message.bytes", 1_048_588))
         for topic in known["kafka_resources_topics"]
     ]
-    apps = {app, "iot-audit"} if app == "iot-storage" else {app}
+    apps = APPS["storage_nodes"] if app == "iot-storage" else {app}
     asked = {
         "apps": sorted(apps),
         "topics": list(topics.values()),

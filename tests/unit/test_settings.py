@@ -16,6 +16,7 @@ from iot_pipeline.settings import (
     BackupSettings,
     CommandSettings,
     InferSettings,
+    ListDeadLettersSettings,
     ProduceSettings,
     StoreSettings,
     describe,
@@ -150,7 +151,7 @@ def test_help_shows_every_setting_with_its_variable(
     command: settings.Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main([command.name, "--help"])
+        cli.main([*command.name.split(), "--help"])
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for declared in fields(command.settings):
@@ -159,6 +160,20 @@ def test_help_shows_every_setting_with_its_variable(
             continue
         assert settings.flag_name(declared.name) in text
         assert environment_name(declared.name) in text
+
+
+def test_some_commands_are_about_any_number_of_things() -> None:
+    parser = cli.build_parser()
+    for words in ([], ["0:17", "0:18"]):
+        flags = vars(parser.parse_args(["dead-letters", "list", *words, "--reason", "too-large"]))
+        loaded = load(ListDeadLettersSettings, flags, {})
+        assert (loaded.which, loaded.reason) == (" ".join(words), "too-large")
+
+
+def test_a_group_of_commands_wants_one_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["dead-letters"])
+    assert "ACTION" in capsys.readouterr().err
 
 
 def test_what_a_command_is_about_needs_no_flag(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,9 +11,10 @@ predicted
     Of these, images with a prediction, in the topic or in the database.
 missing
     Images that should be stored with their prediction by now and are not, without a dead letter to
-    say why; and invalid records that are in no dead letter either.
+    say why; and invalid records that are in no dead letter either. A dead letter that was replayed
+    says no longer why.
 pending
-    The same, but younger than `--grace`.
+    The same, but younger than `--grace`, or replayed since.
 expired
     Documents that lack something, of images older than all that the image topic holds: Kafka's
     retention of their records is over, or the cluster was built anew. Nobody can say any more
@@ -25,6 +26,8 @@ redelivered
     fault; what matters is that the database holds one document.
 dead_lettered
     Records in the dead-letter topic, by where they came from.
+open_dead_letters
+    Of these, records that someone has still to look at: neither replayed nor dropped.
 accuracy
     Share of the predicted images whose prediction is the ground truth.
 latency_p50, latency_p95
@@ -34,28 +37,26 @@ latency_p50, latency_p95
 from __future__ import annotations
 
 import json
-import re
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from kafka.errors import AuthorizationError, KafkaError
-from kafka.structs import TopicPartition
-
 from iot_pipeline.couch import CouchDatabase
-from iot_pipeline.errors import ConfigError, Exit, InvalidMessage, SinkUnavailable
-from iot_pipeline.kafka import describe_error, make_reader, no_such_topic, not_allowed
+from iot_pipeline.errors import Exit, InvalidMessage
 from iot_pipeline.progress import Progress
+from iot_pipeline.reading import begins_of, ends_of, parse_moment, read, reading
 from iot_pipeline.schema import (
     IMAGE_FIELDS,
     PREDICTION_FIELDS,
+    REPLAYED,
+    REPLAYED_FROM,
     STORED_AT,
     DeadLetter,
     Document,
+    Handling,
     ImageMessage,
     PredictionMessage,
     Record,
@@ -65,23 +66,34 @@ from iot_pipeline.schema import (
     is_uuid7,
     now,
     parse_time,
+    record_time,
     uuid7_time,
 )
 from iot_pipeline.service import set_up_logging
 from iot_pipeline.settings import AuditSettings
 
 SHOWN_MISSING = 10
-STALLED_SECONDS = 30.0
-# How far the clocks of hosts may be apart.
-CLOCK_SKEW = timedelta(minutes=1)
 # No limit of a stage: what one refused for its size is in the dead-letter topic.
 ANY_SIZE = sys.maxsize
 
-_AGE = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
 Place = tuple[str, int, int]
 """Where a record stands: topic, partition, offset."""
+
+
+NEVER = datetime.min.replace(tzinfo=UTC)
+
+
+@dataclass(slots=True)
+class _Refusal:
+    """A record that was refused, and what became of its dead letters."""
+
+    reason: str
+    open: set[Place] = field(default_factory=set)
+    replayed_at: datetime = NEVER
+
+    def explains(self) -> bool:
+        """Whether it says why the record's image lacks something."""
+        return bool(self.open) or self.replayed_at == NEVER
 
 
 @dataclass(slots=True)
@@ -95,6 +107,7 @@ class _Image:
     image_stored: bool = False
     prediction_stored: bool = False
     dead: bool = False
+    replayed_at: datetime = NEVER
 
     def lacks(self) -> list[str]:
         """What keeps it from being done."""
@@ -117,6 +130,7 @@ class Report:
     duplicated: int
     redelivered: int
     dead_lettered: int
+    open_dead_letters: int
     accuracy: float | None
     latency_p50: float | None
     latency_p95: float | None
@@ -142,33 +156,48 @@ class Ledger:
         self._since = since
         self._topic_begins = datetime.max.replace(tzinfo=UTC)
         self._images: dict[str, _Image] = {}
-        self._dead_letters: dict[Place, str] = {}
+        self._refusals: dict[Place, _Refusal] = {}
+        # The same by the place of each dead letter: a record that two stages refuse has two.
+        self._dead_letters: dict[Place, _Refusal] = {}
         self._invalid: dict[Place, datetime] = {}
         self._duplicated = 0
         self._latencies: list[float] = []
 
     def saw_dead_letter(self, record: Any) -> None:
         """A record of the dead-letter topic."""
-        if self._is_before(_record_time(record)):
+        if self._is_before(record_time(record)):
             return
-        letter = DeadLetter.from_headers(record.headers)
-        self._dead_letters[letter.topic, letter.partition, letter.offset] = letter.reason
+        handling = Handling.from_headers(record.headers)
+        if handling is None:
+            letter = DeadLetter.from_headers(record.headers)
+            source = (letter.topic, letter.partition, letter.offset)
+            refusal = self._refusals.setdefault(source, _Refusal(letter.reason))
+            refusal.open.add(_place(record))
+            self._dead_letters[_place(record)] = refusal
+            return
+        handled = (record.topic, handling.partition, handling.offset)
+        if handled in self._dead_letters:
+            refusal = self._dead_letters[handled]
+            refusal.open.discard(handled)
+            if handling.action == REPLAYED:
+                refusal.replayed_at = max(refusal.replayed_at, record_time(record))
 
-    def saw_image(self, record: Record) -> None:
+    def saw_image(self, record: Any) -> None:
         """A record of the image topic."""
         try:
             message = decode_record(ImageMessage, record, ANY_SIZE)
         except InvalidMessage:
             self._saw_invalid(record)
             return
-        self._topic_begins = min(self._topic_begins, uuid7_time(message.id))
+        if not _is_replayed(record):
+            self._topic_begins = min(self._topic_begins, uuid7_time(message.id))
         image = self._image(message.id)
         if image:
             image.image_records += 1
             image.truth = message.ground_truth
-            image.dead |= _place(record) in self._dead_letters
+            self._explain(image, record)
 
-    def saw_prediction(self, record: Record) -> None:
+    def saw_prediction(self, record: Any) -> None:
         """A record of the prediction topic."""
         try:
             message = decode_record(PredictionMessage, record, ANY_SIZE)
@@ -179,7 +208,7 @@ class Ledger:
         if image:
             image.prediction_records += 1
             image.inferred = message.inferred_value
-            image.dead |= _place(record) in self._dead_letters
+            self._explain(image, record)
 
     def saw_document(self, document: Document) -> None:
         """A document of the database; those that stand for no image are passed over."""
@@ -202,14 +231,23 @@ class Ledger:
             return
         self._latencies.append(latency.total_seconds())
 
+    def _explain(self, image: _Image, record: Any) -> None:
+        """Note what its dead letters, or a replay, say of a record's image."""
+        refusal = self._refusals.get(_place(record))
+        if refusal:
+            image.dead |= refusal.explains()
+            image.replayed_at = max(image.replayed_at, refusal.replayed_at)
+        if _is_replayed(record):
+            image.replayed_at = max(image.replayed_at, record_time(record))
+
     def _image(self, identifier: str) -> _Image | None:
         if self._is_before(uuid7_time(identifier)):
             return None
         return self._images.setdefault(identifier, _Image())
 
     def _saw_invalid(self, record: Record) -> None:
-        moment = _record_time(record)
-        if not self._is_before(moment) and _place(record) not in self._dead_letters:
+        moment = record_time(record)
+        if not self._is_before(moment) and _place(record) not in self._refusals:
             self._invalid[_place(record)] = moment
 
     def _is_before(self, moment: datetime) -> bool:
@@ -234,7 +272,7 @@ class Ledger:
             lacks = image.lacks()
             if not lacks or image.dead:
                 continue
-            if uuid7_time(identifier) > young:
+            if max(uuid7_time(identifier), image.replayed_at) > young:
                 pending += 1
             elif self._is_expired(identifier, image):
                 expired += 1
@@ -263,11 +301,14 @@ class Ledger:
                 max(0, image.image_records - 1) + max(0, image.prediction_records - 1)
                 for image in images
             ),
-            dead_lettered=len(self._dead_letters),
+            dead_lettered=len(self._refusals),
+            open_dead_letters=sum(bool(refusal.open) for refusal in self._refusals.values()),
             accuracy=round(right / len(judged), 4) if judged else None,
             latency_p50=_percentile(latencies, 50),
             latency_p95=_percentile(latencies, 95),
-            dead_letter_reasons=dict(Counter(self._dead_letters.values()).most_common()),
+            dead_letter_reasons=dict(
+                Counter(refusal.reason for refusal in self._refusals.values()).most_common()
+            ),
             missing_examples=dict(list(missing.items())[:SHOWN_MISSING]),
         )
 
@@ -276,8 +317,8 @@ def _place(record: Record) -> Place:
     return (record.topic, record.partition, record.offset)
 
 
-def _record_time(record: Record) -> datetime:
-    return datetime.fromtimestamp(max(0, record.timestamp) / 1000, tz=now().tzinfo)
+def _is_replayed(record: Any) -> bool:
+    return any(name == REPLAYED_FROM for name, _ in record.headers)
 
 
 def _percentile(ordered: list[float], percent: int) -> float | None:
@@ -285,26 +326,6 @@ def _percentile(ordered: list[float], percent: int) -> float | None:
     if not ordered:
         return None
     return round(ordered[max(0, -(-len(ordered) * percent // 100) - 1)], 3)
-
-
-def parse_since(text: str, at: datetime) -> datetime | None:
-    """An RFC 3339 time, or an age such as 15m, as a time; None for the empty text.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if not text:
-        return None
-    age = _AGE.fullmatch(text)
-    if age:
-        return at - timedelta(seconds=float(age[1]) * _SECONDS[age[2]])
-    try:
-        return parse_time(text)
-    except ValueError as error:
-        raise ConfigError(
-            f"--since (IOT_SINCE) must be an age such as 90s, 15m, 2h or 7d, or an RFC 3339 time "
-            f"such as 2026-01-31T12:00:00Z, not {text!r}"
-        ) from error
 
 
 def _read_topics(
@@ -321,79 +342,18 @@ def _read_topics(
         (settings.image_topic, ledger.saw_image),
         (settings.prediction_topic, ledger.saw_prediction),
     ]
-    consumer = make_reader(settings)
-    try:
-        # The ends are taken in the order in which records arise, so that each that is seen has what
-        # follows from it in what is read after.
-        for topic in (settings.image_topic, settings.prediction_topic, settings.dead_letter_topic):
-            if not consumer.partitions_for_topic(topic):
-                raise SinkUnavailable(
-                    f"Kafka at {settings.bootstrap_servers}: {no_such_topic([topic], settings)}"
-                )
-        ends = {
-            topic: consumer.end_offsets(
-                [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic)]
-            )
-            for topic in (
-                settings.image_topic,
-                settings.prediction_topic,
-                settings.dead_letter_topic,
-            )
-        }
-        for topic, saw in readers:
-            _read_topic(consumer, ends[topic], since, saw, progress)
-    except AuthorizationError as error:
-        raise not_allowed(error, settings) from error
-    except KafkaError as error:
-        problem = describe_error(error, settings)
-        raise SinkUnavailable(f"Kafka at {settings.bootstrap_servers}: {problem}") from error
-    finally:
-        progress.clear()
-        consumer.close(autocommit=False)
-
-
-def _read_topic(
-    consumer: Any,
-    ends: Mapping[TopicPartition, int],
-    since: datetime | None,
-    saw: Callable[[Any], None],
-    progress: Progress,
-) -> None:
-    begins = _begins(consumer, ends, since)
-    left = {partition for partition, end in ends.items() if end > begins[partition]}
-    total = sum(ends[partition] - begins[partition] for partition in left)
-    if not left:
-        return
-    consumer.assign(sorted(left))
-    for partition in left:
-        consumer.seek(partition, begins[partition])
-    count = 0
-    heard = time.monotonic()
-    while left:
-        polled = consumer.poll(timeout_ms=1000)
-        for partition, records in polled.items():
-            heard = time.monotonic()
-            for record in records:
-                if record.offset < ends[partition]:
-                    saw(record)
-                    count += 1
-        # The last offsets may hold no record, so the position says when the end is reached.
-        left = {tp for tp in left if consumer.position(tp) < ends[tp]}
-        progress.show(f"reading {next(iter(ends)).topic}: {count} of {total} records")
-        if time.monotonic() - heard > STALLED_SECONDS:
-            raise SinkUnavailable(f"no records for {STALLED_SECONDS:.0f} s, though there are more")
-
-
-def _begins(
-    consumer: Any, ends: Mapping[TopicPartition, int], since: datetime | None
-) -> dict[TopicPartition, int]:
-    """Where to start reading. A record is never older than the image it tells of."""
-    begins: dict[TopicPartition, int] = consumer.beginning_offsets(list(ends))
-    if since is None:
-        return begins
-    moment = int((since - CLOCK_SKEW).timestamp() * 1000)
-    found = consumer.offsets_for_times(dict.fromkeys(ends, max(0, moment)))
-    return {tp: found[tp].offset if found.get(tp) else ends[tp] for tp in ends}
+    # The ends are taken in the order in which records arise, so that each that is seen has what
+    # follows from it in what is read after.
+    topics = (settings.image_topic, settings.prediction_topic, settings.dead_letter_topic)
+    with reading(settings) as consumer:
+        try:
+            ends = ends_of(consumer, topics, settings)
+            for topic, saw in readers:
+                # A record is never older than the image it tells of.
+                begins = begins_of(consumer, ends[topic], since)
+                read(consumer, begins, ends[topic], saw, progress)
+        finally:
+            progress.clear()
 
 
 def _read_database(
@@ -421,6 +381,7 @@ def _table(report: Report, settings: AuditSettings, at: datetime) -> str:
         ("duplicated", str(report.duplicated), "documents beyond one an image"),
         ("redelivered", str(report.redelivered), "records that came again, stored once"),
         ("dead-lettered", str(report.dead_lettered), reasons),
+        ("  still open", str(report.open_dead_letters), "neither replayed nor dropped"),
         ("accuracy", "-" if report.accuracy is None else f"{report.accuracy:.1%}", ""),
         ("latency p50", seconds(report.latency_p50), "produced to stored with its prediction"),
         ("latency p95", seconds(report.latency_p95), ""),
@@ -448,7 +409,7 @@ def run(settings: AuditSettings) -> int:
     """
     set_up_logging(settings.log_level if settings.log_level != "info" else "warning")
     at = now()
-    since = parse_since(settings.since, at)
+    since = parse_moment("since", settings.since, at)
     ledger = Ledger(since)
     progress = Progress()
     _read_topics(settings, ledger, since, progress)

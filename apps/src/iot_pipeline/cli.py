@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from iot_pipeline.errors import ConfigError, Exit, PipelineError
-from iot_pipeline.settings import COMMANDS, add_arguments, load
+from iot_pipeline.settings import COMMANDS, GROUPS, add_arguments, load
 
 
 def _version() -> str:
@@ -27,9 +27,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    groups = {"": commands}
+    for name, text in GROUPS.items():
+        group = commands.add_parser(name, help=text, description=f"{text}.")
+        groups[name] = group.add_subparsers(required=True, metavar="ACTION")
     for command in COMMANDS:
-        subparser = commands.add_parser(
-            command.name,
+        group_name, _, name = command.name.rpartition(" ")
+        subparser = groups[group_name].add_parser(
+            name,
             help=command.settings.DESCRIPTION.split(". ")[0].split(":")[0].rstrip("."),
             description=command.settings.DESCRIPTION,
             epilog="A flag wins over the environment, the environment over the settings file.",

@@ -375,16 +375,18 @@ class Sender:
         headers: Sequence[tuple[str, bytes]] = (),
         *,
         limited: bool = True,
+        partition: int | None = None,
     ) -> None:
         """Hand over one record.
 
         Args:
             topic: where to.
-            key: decides the partition.
+            key: decides the partition, unless that is given.
             value: the payload.
             headers: names and values.
             limited: whether IOT_MAX_RECORD_BYTES holds. A dead letter carries a record that came
                 through Kafka already and its reason beside it, so it may be larger.
+            partition: where to.
 
         Raises:
             RecordTooLarge: it exceeds IOT_MAX_RECORD_BYTES, and was not sent.
@@ -401,8 +403,10 @@ class Sender:
         try:
             if self._spoiled:
                 self._renew()
-            if key is None or value is None or headers:
-                future = self._producer.send(topic, key=key, value=value, headers=list(headers))
+            if key is None or value is None or headers or partition is not None:
+                future = self._producer.send(
+                    topic, key=key, value=value, headers=list(headers), partition=partition
+                )
             else:
                 future = self._producer.append(topic, key, value)
         except KafkaTimeoutError as error:

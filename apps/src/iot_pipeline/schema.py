@@ -105,6 +105,11 @@ def is_uuid7(text: str) -> bool:
     return bool(_UUID7.fullmatch(text))
 
 
+def record_time(record: Record) -> datetime:
+    """When a record was sent."""
+    return datetime.fromtimestamp(max(0, record.timestamp) / 1000, tz=UTC)
+
+
 def now() -> datetime:
     """The present time in UTC."""
     return datetime.now(tz=UTC)
@@ -396,7 +401,7 @@ class DeadLetter:
     @classmethod
     def from_headers(cls, headers: Iterable[tuple[str, bytes]]) -> Self:
         """Read headers back. What is missing becomes `unknown` and -1: anyone can write there."""
-        texts = {name: (value or b"").decode("utf-8", "replace") for name, value in headers}
+        texts = _texts(headers)
         return cls(
             reason=texts.get("error.class", "unknown"),
             message=texts.get("error.message", "unknown"),
@@ -405,6 +410,54 @@ class DeadLetter:
             partition=_number_or(texts.get("source.partition"), -1),
             offset=_number_or(texts.get("source.offset"), -1),
         )
+
+
+REPLAYED = "replayed"
+DROPPED = "dropped"
+REPLAYED_FROM = "replayed.from"
+"""Header of a record that was sent again: the dead letter, as `topic-partition@offset`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handling:
+    """That someone is done with a dead letter: the headers of a record that has nothing else.
+
+    Kafka takes no single record out of a topic, so it stands behind the letter, in the letter's own
+    partition: there Kafka keeps it at least as long.
+    """
+
+    action: str
+    """REPLAYED or DROPPED."""
+    partition: int
+    offset: int
+    by: str
+
+    def headers(self) -> list[tuple[str, bytes]]:
+        """The record headers, UTF-8."""
+        texts = {
+            "handled.action": self.action,
+            "handled.partition": str(self.partition),
+            "handled.offset": str(self.offset),
+            "handled.by": self.by,
+        }
+        return [(name, text.encode("utf-8", "replace")) for name, text in texts.items()]
+
+    @classmethod
+    def from_headers(cls, headers: Iterable[tuple[str, bytes]]) -> Self | None:
+        """Read headers back; None for those of a dead letter."""
+        texts = _texts(headers)
+        if "handled.action" not in texts:
+            return None
+        return cls(
+            action=texts["handled.action"],
+            partition=_number_or(texts.get("handled.partition"), -1),
+            offset=_number_or(texts.get("handled.offset"), -1),
+            by=texts.get("handled.by", "unknown"),
+        )
+
+
+def _texts(headers: Iterable[tuple[str, bytes]]) -> dict[str, str]:
+    return {name: (value or b"").decode("utf-8", "replace") for name, value in headers}
 
 
 def _number_or(text: str | None, otherwise: int) -> int:

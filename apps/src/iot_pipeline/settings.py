@@ -53,7 +53,8 @@ def setting(  # noqa: PLR0913 - all but two by name
         maximum: the largest number allowed.
         required: whether the empty string is refused.
         metavar: what `--help` shows for the value.
-        positional: whether it is what the command is about, which needs no flag.
+        positional: whether it is what the command is about, which needs no flag; unless required,
+            any number of words.
     """
     metadata = {
         "help": help,
@@ -538,6 +539,84 @@ class RestoreSettings(CouchSettings):
             raise ConfigError("--check looks at the file alone, --compare at the database too")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeadLetterSettings(Settings):
+    """What every `iot-pipeline dead-letters` needs: which of them."""
+
+    SERVICE = "iot-operator"
+    SETTINGS_FILES = ("iot-operator",)
+
+    which: str = setting(
+        "",
+        "a dead letter's position (partition:offset, as `list` shows it), or its record's key, "
+        "which is the image's id; several of them; or none, for all that the options below leave",
+        metavar="POSITION|ID",
+        positional=True,
+    )
+    reason: str = setting(
+        "", "only those refused for this reason, or one of several", metavar="REASON[,REASON…]"
+    )
+    stage: str = setting("", "only those of this service, such as iot-inference", metavar="NAME")
+    since: str = setting(
+        "",
+        "only those refused since: an RFC 3339 time, or an age such as 90s, 15m, 2h or 7d",
+        metavar="TIME|AGE",
+    )
+    until: str = setting("", "only those refused before, written as --since", metavar="TIME|AGE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListDeadLettersSettings(DeadLetterSettings):
+    """`iot-pipeline dead-letters list`."""
+
+    DESCRIPTION = (
+        "List dead letters that are open: neither replayed nor dropped. Exit status 0: listed. 1: "
+        "one that was named is not there. 2: the broker does not answer."
+    )
+
+    all: bool = setting(False, "also those that were replayed or dropped")
+    json: bool = setting(False, "print one JSON object a dead letter, each on one line")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowDeadLettersSettings(ListDeadLettersSettings):
+    """`iot-pipeline dead-letters show`."""
+
+    DESCRIPTION = (
+        "Show all that is known of open dead letters, and how their values begin; with --json, the "
+        "whole values in base64. Exit status 0: shown. 1: there is none, or one that was named is "
+        "not there. 2: the broker does not answer."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropDeadLettersSettings(DeadLetterSettings):
+    """`iot-pipeline dead-letters drop`."""
+
+    DESCRIPTION = (
+        "Be done with open dead letters without replaying them. Their bytes stay until Kafka's "
+        "retention ends. Shows which, and asks. Exit status 0: done. 1: not, or not all. 2: the "
+        "broker does not answer; what is left is still open, do it again."
+    )
+
+    dry_run: bool = setting(False, "only show which")
+    yes: bool = setting(False, "do not ask")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayDeadLettersSettings(DropDeadLettersSettings):
+    """`iot-pipeline dead-letters replay`."""
+
+    DESCRIPTION = (
+        "Send the records of open dead letters, keys and bytes untouched, back to the topics they "
+        "came from. What is refused again comes back as a new dead letter. Shows which, and asks. "
+        "Exit status 0: done. 1: not, or not all. 2: the broker does not answer; what is left is "
+        "still open, do it again."
+    )
+
+    all: bool = setting(False, "also those that were replayed or dropped")
+
+
 SettingsT = TypeVar("SettingsT", bound=CommandSettings)
 
 
@@ -565,7 +644,8 @@ def add_arguments(parser: argparse.ArgumentParser, kind: type[CommandSettings]) 
         about = declared.metadata
         if about["positional"]:
             metavar = about["metavar"] or "|".join(about["choices"])
-            parser.add_argument(declared.name, metavar=metavar, help=about["help"])
+            nargs = None if about["required"] else "*"
+            parser.add_argument(declared.name, metavar=metavar, nargs=nargs, help=about["help"])
             continue
         text = f"{about['help']}{' [' + about['unit'] + ']' if about['unit'] else ''}"
         text = f"{text} ({environment_name(declared.name)}; default: {_default_text(declared)})"
@@ -631,7 +711,7 @@ def _parse(declared: Field[Any], type_: type, raw: Any, origin: str) -> Any:
     about = declared.metadata
     if isinstance(raw, bool):
         return raw
-    text = str(raw).strip()
+    text = " ".join(raw) if isinstance(raw, list) else str(raw).strip()
     if type_ is bool:
         if text.lower() not in _BOOLEANS:
             raise ConfigError(f"{origin} must be true or false, not {text!r}")
@@ -724,7 +804,10 @@ def describe(settings: CommandSettings) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its name, its settings, and the module whose `run(settings)` does the work."""
+    """A subcommand: its name, its settings, and the module whose `run(settings)` does the work.
+
+    A name of two words is an action of a group of commands; see `GROUPS`.
+    """
 
     name: str
     settings: type[CommandSettings]
@@ -743,4 +826,12 @@ COMMANDS: tuple[Command, ...] = (
     Command("audit", AuditSettings, "iot_pipeline.audit"),
     Command("backup", BackupSettings, "iot_pipeline.backup"),
     Command("restore", RestoreSettings, "iot_pipeline.restore"),
+    Command("dead-letters list", ListDeadLettersSettings, "iot_pipeline.letters"),
+    Command("dead-letters show", ShowDeadLettersSettings, "iot_pipeline.letters"),
+    Command("dead-letters replay", ReplayDeadLettersSettings, "iot_pipeline.replay"),
+    Command("dead-letters drop", DropDeadLettersSettings, "iot_pipeline.replay"),
 )
+
+GROUPS = {
+    "dead-letters": "Look at the records that could not be handled, and send them again or not",
+}
