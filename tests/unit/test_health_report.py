@@ -41,7 +41,7 @@ LIMITS: dict[str, Any] = {
     "voter_silent_seconds": 5,
     "lag_records": 10000,
     "lag_seconds": 30,
-    "stalled_seconds": 60,
+    "stalled_seconds": 15,
     "dead_letters": 0,
     "audit_age_hours": 3,
 }
@@ -103,12 +103,12 @@ def group(name: str, **changes: Any) -> dict[str, Any]:
         "name": name,
         "state": "Stable",
         "members": 2,
-        "partitions": [{"topic": "iot-topic", "partition": 0, "lag": 0, "seconds": 0.0}],
+        "partitions": waiting(0, 0.0),
     } | changes
 
 
-def waiting(lag: int, seconds: float | None) -> list[dict[str, Any]]:
-    return [{"topic": "iot-topic", "partition": 0, "lag": lag, "seconds": seconds}]
+def waiting(lag: int, seconds: float | None, *, moved: bool | None = None) -> list[dict[str, Any]]:
+    return [{"topic": "iot-topic", "partition": 0, "lag": lag, "seconds": seconds, "moved": moved}]
 
 
 def state() -> dict[str, Any]:
@@ -347,7 +347,16 @@ def test_a_controller_that_never_joined(world: World) -> None:
         ({"partitions": waiting(10000, 30.0)}, None),
         ({"partitions": waiting(10001, 1.0)}, ("consumer-lag", "warning", "")),
         ({"partitions": waiting(1, 31.0)}, ("consumer-lag", "warning", "")),
-        ({"partitions": waiting(1, 61.0)}, ("group-stalled", "critical", "")),
+        ({"partitions": waiting(1, 16.0, moved=False)}, ("group-stalled", "critical", "")),
+        ({"partitions": waiting(1, 14.0, moved=False)}, None),
+        # It catches up, however late it is.
+        ({"partitions": waiting(1, 900.0, moved=True)}, ("consumer-lag", "warning", "")),
+        # Another partition comes first.
+        ({"partitions": waiting(1, 20.0, moved=True) + waiting(1, 20.0, moved=False)}, None),
+        (
+            {"partitions": waiting(1, 20.0, moved=True) + waiting(1, 61.0, moved=False)},
+            ("group-stalled", "critical", ""),
+        ),
         # Its leader does not answer, which other findings tell.
         ({"partitions": waiting(1, None)}, None),
         ({"members": 0, "state": "Empty"}, ("group-stalled", "critical", "")),

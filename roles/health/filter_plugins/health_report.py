@@ -237,20 +237,36 @@ def judge_quorum(quorum: Data, limits: Data) -> Iterator[Finding]:
 
 
 def judge_group(group: Data, limits: Data) -> Iterator[Finding]:
-    """Judge a consumer group by its members and by what waits for it longest."""
+    """Judge a consumer group by its members, by what waits for it, and by whether it moves."""
     name = group["name"]
     if group.get("error"):
         yield find("group-stalled", CRITICAL, "", f"{name}: {group['error']}", group=name)
         return
     lag, seconds = backlog(group)
-    detail = f"{name}: {lag:,} records wait, the oldest for {seconds:.0f} s"
+    waiting = f"{lag:,} records wait, the oldest for {seconds:.0f} s"
+    stuck = stalled(group["partitions"], limits)
     if not group["members"]:
-        detail = f"{name} has no members; {lag:,} records wait, the oldest for {seconds:.0f} s"
+        detail = f"{name} has no members; {waiting}"
         yield find("group-stalled", CRITICAL, "", detail, group=name)
-    elif seconds > limits["stalled_seconds"]:
+    elif stuck:
+        detail = f"{name}: {waiting}, and nobody works on {some(stuck)}"
         yield find("group-stalled", CRITICAL, "", detail, group=name)
     elif seconds > limits["lag_seconds"] or lag > limits["lag_records"]:
-        yield find("consumer-lag", WARNING, "", detail)
+        yield find("consumer-lag", WARNING, "", f"{name}: {waiting}")
+
+
+def stalled(partitions: Iterable[Data], limits: Data) -> list[str]:
+    """Name the partitions in which records wait and nothing moves.
+
+    One partition may have to wait for its turn while others are caught up on. So it takes longer
+    to be called stalled than all that wait together.
+    """
+    old = [each for each in partitions if each["moved"] is not None]
+    limit = limits["stalled_seconds"]
+    if any(each["moved"] for each in old):
+        limit = max(limit, 2 * limits["lag_seconds"])
+    still = [each for each in old if not each["moved"] and each["seconds"] > limit]
+    return [f"{each['topic']}-{each['partition']}" for each in still]
 
 
 def backlog(group: Data) -> tuple[int, float]:

@@ -85,8 +85,9 @@ partitions:
   type: list
 groups:
   description: Groups, each with C(name), C(state), C(members), or an C(error), and C(partitions),
-    each with C(topic), C(partition), C(lag) in records and C(seconds), the age of the oldest of
-    these.
+    each with C(topic), C(partition), the committed C(offset), C(lag) in records, C(seconds), the
+    age of the oldest of these, and C(moved), whether the offset grew within two seconds, asked only
+    where records are old.
   type: list
 """
 
@@ -96,6 +97,10 @@ EARLIEST, LATEST = -2, -1  # what ListOffsets takes for a time
 # Enough for the head of a batch of records, which has the time of its first one.
 HEAD_BYTES = 1024
 BASE_TIMESTAMP = 27  # its place in the head, in bytes
+
+# Where records are older than this, whether anybody works on them shows within a pause.
+OLD_SECONDS = 5.0
+PAUSE_SECONDS = 2.0
 
 Partition = tuple[str, int]
 """Topic and number."""
@@ -456,20 +461,17 @@ class Cluster:
         answer = self._brokers.ask_first(lambda: coordinators_request(self._wanted))
         found = {c["key"]: c for c in (answer or {"coordinators": []})["coordinators"]}
         keepers = {name: c["node_id"] for name, c in found.items() if not c["error_code"]}
-        members: dict[str, Any] = {}
-        places: dict[str, dict[Partition, int]] = {}
         questions = {
             server: members_request(names) for server, names in self._by_server(keepers).items()
         }
-        for answer in self._brokers.ask(questions).values():
-            members |= {group["group_id"]: group for group in answer["groups"]}
-        for name, node in keepers.items():
-            server = self._servers.get(node, "")
-            for answer in self._brokers.ask({server: committed_request(name)}).values():
-                if not answer["error_code"]:
-                    places[name] = committed(answer)
-        return [
-            self._group(name, members.get(name), places.get(name))
+        members = {
+            group["group_id"]: group
+            for answer in self._brokers.ask(questions).values()
+            for group in answer["groups"]
+        }
+        places = self._committed(keepers)
+        groups = [
+            self._group(name, members.get(name), places[name])
             if name in places
             else {
                 "name": name,
@@ -479,11 +481,39 @@ class Cluster:
             }
             for name in self._wanted
         ]
+        self._look_again(groups, keepers)
+        return groups
+
+    def _committed(self, keepers: Mapping[str, int]) -> dict[str, dict[Partition, int]]:
+        """Return where groups stand, of those whose brokers answer."""
+        places = {}
+        for name, node in keepers.items():
+            server = self._servers.get(node, "")
+            for answer in self._brokers.ask({server: committed_request(name)}).values():
+                if not answer["error_code"]:
+                    places[name] = committed(answer)
+        return places
+
+    def _look_again(self, groups: list[dict[str, Any]], keepers: Mapping[str, int]) -> None:
+        """See a little later which of the partitions with old records were worked on."""
+        old = [
+            (group["name"], partition)
+            for group in groups
+            for partition in group["partitions"]
+            if (partition["seconds"] or 0.0) > OLD_SECONDS
+        ]
+        if not old:
+            return
+        time.sleep(PAUSE_SECONDS)
+        places = self._committed({name: keepers[name] for name, _ in old})
+        for name, partition in old:
+            if name in places:
+                place = places[name].get((partition["topic"], partition["partition"]), 0)
+                partition["moved"] = place > partition["offset"]
 
     def _group(
-        self, name: str, group: Mapping[str, Any] | None, at: Mapping[Partition, int] | None
+        self, name: str, group: Mapping[str, Any] | None, at: Mapping[Partition, int]
     ) -> dict[str, Any]:
-        at = at or {}
         # Where a group has never been, it begins with what there is.
         places = {
             partition: max(at.get(partition, begin), begin)
@@ -491,30 +521,33 @@ class Cluster:
             if partition[0] in self._wanted[name] and partition in self._ends
         }
         waiting = {p: place for p, place in places.items() if place < self._ends[p]}
+        leaders = self._by_server({p: self._leaders[p] for p in waiting})
         questions = {
             server: heads_request({p: waiting[p] for p in partitions})
-            for server, partitions in self._by_server(
-                {p: self._leaders[p] for p in waiting}
-            ).items()
+            for server, partitions in leaders.items()
         }
         sent = times(self._brokers.ask(questions).values())
         now = time.time()
+
+        def age(partition: Partition) -> float | None:
+            if partition in sent:
+                return round(max(0.0, now - sent[partition]), 1)
+            return None if partition in waiting else 0.0
+
         return {
             "name": name,
             "state": group["group_state"] if group else "",
             "members": len(group["members"]) if group else 0,
             "partitions": [
                 {
-                    "topic": topic,
-                    "partition": number,
-                    "lag": self._ends[topic, number] - place,
-                    "seconds": round(max(0.0, now - sent[topic, number]), 1)
-                    if (topic, number) in sent
-                    else None
-                    if (topic, number) in waiting
-                    else 0.0,
+                    "topic": partition[0],
+                    "partition": partition[1],
+                    "offset": place,
+                    "lag": max(0, self._ends[partition] - place),
+                    "seconds": age(partition),
+                    "moved": None,
                 }
-                for (topic, number), place in sorted(places.items())
+                for partition, place in sorted(places.items())
             ],
         }
 
