@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from iot_lab.processes import Pipeline, free_port, wait_for
 
 
@@ -26,6 +29,16 @@ def test_young_images_are_pending_and_old_ones_missing(pipeline: Pipeline) -> No
     status, audit = pipeline.audit("--grace", "0")
     assert (status, audit["pending"], audit["missing"]) == (1, 0, 5)
     assert (audit["produced"], audit["stored"], audit["predicted"]) == (5, 0, 0)
+
+
+def test_a_result_is_left_for_those_who_look_later(pipeline: Pipeline, tmp_path: Path) -> None:
+    file = tmp_path / "audit.json"
+    file.write_text("of before")
+    status, audit = pipeline.audit("--record", str(file))
+    left = json.loads(file.read_text())
+    assert (status, left.pop("at")[-1]) == (0, "Z")
+    assert left == audit
+    assert [path.name for path in tmp_path.iterdir()] == ["audit.json"]
 
 
 def test_stored_without_prediction_is_missing(pipeline: Pipeline) -> None:

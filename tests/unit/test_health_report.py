@@ -30,7 +30,6 @@ BROKERS = ["broker-1", "broker-2", "broker-3"]
 LIMITS: dict[str, Any] = {
     "brokers": [f"{name}:9092" for name in BROKERS],
     "controllers": 3,
-    "dead_letter_topic": "iot-dead-letter",
     "sinks": {"iot-storage.service": "database", "iot-inference.service": "brokers"},
     "disk_warning_percent": 85,
     "disk_critical_percent": 95,
@@ -370,10 +369,11 @@ def test_a_group(
     assert world.findings() == ([finding] if finding else [])
 
 
-def test_dead_letters(world: World) -> None:
-    world.see(partitions=[partition("iot-dead-letter", 1, begin=5, end=7)])
-    assert world.findings() == [("dead-letters", "warning", "")]
-    assert world.report()["status"] == "warning"
+@pytest.mark.parametrize("count, wrong", [(0, False), (1, True), (None, False)])
+def test_dead_letters(world: World, count: int | None, wrong: bool) -> None:
+    world.looks["storage"]["dead_letters"] = count
+    assert world.findings() == ([("dead-letters", "warning", "storage")] if wrong else [])
+    assert world.report()["status"] == ("warning" if wrong else "ok")
 
 
 def test_the_database(world: World) -> None:

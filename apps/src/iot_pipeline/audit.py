@@ -42,10 +42,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from iot_pipeline.couch import CouchDatabase
-from iot_pipeline.errors import Exit, InvalidMessage
+from iot_pipeline.errors import ConfigError, Exit, InvalidMessage
 from iot_pipeline.progress import Progress
 from iot_pipeline.reading import begins_of, ends_of, parse_moment, read, reading
 from iot_pipeline.schema import (
@@ -400,6 +401,20 @@ def _table(report: Report, settings: AuditSettings, at: datetime) -> str:
     return "\n".join(lines)
 
 
+def _leave(report: Report, file: Path, at: datetime) -> None:
+    """Leave the result for those who look later. A file that is there is whole.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    new = file.with_name(f"{file.name}.new")
+    try:
+        new.write_text(json.dumps({"at": format_time(at), **report.__dict__}) + "\n")
+        new.replace(file)
+    except OSError as error:
+        raise ConfigError(f"--record (IOT_RECORD) {file}: {error.strerror}") from error
+
+
 def run(settings: AuditSettings) -> int:
     """Read everything, print the report, and return the exit status.
 
@@ -416,6 +431,8 @@ def run(settings: AuditSettings) -> int:
     _read_database(settings, ledger, since, progress)
     report = ledger.report(settings.grace, at)
     print(report.to_json() if settings.json else _table(report, settings, at))
+    if settings.record:
+        _leave(report, Path(settings.record), at)
     if report.produced < settings.expect:
         print(
             f"iot-pipeline audit: {report.produced} images were produced, fewer than the "

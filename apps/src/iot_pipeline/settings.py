@@ -481,6 +481,9 @@ class AuditSettings(CouchSettings, Settings):
         0, "also fail (exit status 1) when fewer images than this were produced", minimum=0
     )
     json: bool = setting(False, "print one JSON object on one line")
+    record: str = setting(
+        "", "also leave the result, with its time, in this file as JSON", metavar="FILE"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ HINTS = {
     "audit-missing": "on {host}: sudo iot-pipeline audit",
     "audit-stale": "on {host}: systemctl status iot-audit.timer; journalctl -u iot-audit -n 20",
     "clock-offset": "on {host}: timedatectl; is a time server reachable?",
-    "dead-letters": "on a storage host: sudo iot-pipeline dead-letters list",
+    "dead-letters": "on {host}: sudo iot-pipeline dead-letters list",
 }
 NAMES = tuple(HINTS)
 SHOWN = 4  # of what may be many
@@ -182,9 +182,6 @@ def judge_kafka(states: Mapping[str, Data], limits: Data) -> Iterator[Finding]:
     yield from judge_quorum(view["quorum"], limits)
     for group in view["groups"]:
         yield from judge_group(group, limits)
-    letters = dead_letters(view, limits)
-    if letters > limits["dead_letters"]:
-        yield find("dead-letters", WARNING, "", f"{letters} records could not be handled")
 
 
 def last_line(result: Data) -> str:
@@ -278,13 +275,12 @@ def backlog(group: Data) -> tuple[int, float]:
     )
 
 
-def dead_letters(view: Data, limits: Data) -> int:
-    """Return how many dead letters there are."""
-    return sum(
-        each["end"] - each["begin"]
-        for each in view["partitions"]
-        if each["topic"] == limits["dead_letter_topic"] and each["end"] is not None
-    )
+def dead_letters(looks: Mapping[str, Data]) -> tuple[str, int | None]:
+    """Return who counted the open dead letters, and how many; None where nobody could."""
+    for host, look in looks.items():
+        if look.get("dead_letters") is not None:
+            return host, look["dead_letters"]
+    return "", None
 
 
 def judge_sight(
@@ -356,6 +352,10 @@ def report(
     found = [*judge_hosts(looks, limits), *judge_kafka(states, limits)]
     found += judge_sight(looks, found, limits)
     found += judge_audit(looks, limits, moment)
+    host, letters = dead_letters(looks)
+    if letters and letters > limits["dead_letters"]:
+        detail = f"{letters} records could not be handled, and nobody has looked after them"
+        found.append(find("dead-letters", WARNING, host, detail))
     found.sort(key=lambda f: (f.severity != CRITICAL, NAMES.index(f.name), f.host))
     viewer, view = best_view(states)
     severities = {finding.severity for finding in found}
@@ -370,8 +370,8 @@ def report(
         "kafka": {
             "asked_from": viewer,
             **{name: value for name, value in view.items() if name in SHOWN_OF_KAFKA},
-            "dead_letters": dead_letters(view, limits) if view else None,
         },
+        "dead_letters": letters,
         "audit": last_audit(looks)[1],
     }
 
@@ -419,10 +419,12 @@ def text(found: Data) -> str:
     kafka = found["kafka"]
     if kafka.get("quorum"):
         lines += ["", *kafka_lines(kafka)]
+    letters = "not known" if found["dead_letters"] is None else found["dead_letters"]
+    lines += ["", f"  Open dead letters: {letters}"]
     audit = found["audit"]
     if audit:
         counts = f"{audit['produced']} produced, {audit['missing']} missing"
-        lines += ["", f"  Last audit at {audit['at']}: {counts}, {audit['duplicated']} twice"]
+        lines += [f"  Last audit at {audit['at']}: {counts}, {audit['duplicated']} twice"]
     return "\n".join(lines)
 
 
@@ -476,7 +478,6 @@ def kafka_lines(kafka: Data) -> list[str]:
     return [
         f"  Controllers: {leader} leads {voters}, the last is {lag} records behind",
         f"  Partitions: {len(kafka['partitions'])} on {len(kafka['brokers'])} brokers",
-        f"  Dead letters: {kafka['dead_letters']}",
         "",
         *table(rows),
     ]

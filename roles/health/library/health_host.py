@@ -67,8 +67,13 @@ options:
     description: File in which C(iot-pipeline audit) leaves its last result. Empty for none.
     type: path
     default: ""
+  dead_letters_command:
+    description: Program and arguments that print a line for each open dead letter. Empty for none.
+    type: list
+    elements: str
+    default: []
   timeout:
-    description: Seconds to wait for an answer.
+    description: Seconds to wait for an answer; that program may take thrice as long.
     type: int
     default: 2
 """
@@ -103,6 +108,9 @@ database:
 audit:
   description: What the last audit has left. Null without audit_record, empty where there is none.
   type: dict
+dead_letters:
+  description: Number of open dead letters. Null where it could not be found out.
+  type: int
 clock:
   description: The least and the most by which this host's clock may be ahead of the control host's,
     C(least) and C(most) in seconds, from how long asking took.
@@ -264,6 +272,19 @@ def last_audit(file: str) -> dict[str, Any] | None:
     return found
 
 
+def count_lines(command: list[str], timeout: float) -> int | None:
+    """Return how many lines a program prints, or None where it does not end well."""
+    if not command:
+        return None
+    try:
+        done = subprocess.run(
+            command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=timeout
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.count(b"\n")
+
+
 def look(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Return the module's result. Raises CalledProcessError and OSError where tools are missing."""
     timeout, wanted = parameters["timeout"], parameters["services"]
@@ -272,6 +293,7 @@ def look(parameters: Mapping[str, Any]) -> dict[str, Any]:
     now = datetime.now(UTC)
     with ThreadPoolExecutor(max_workers=32) as pool:
         asked = pool.submit(ask_database, parameters)
+        letters = pool.submit(count_lines, parameters["dead_letters_command"], 3 * timeout)
         knocks = pool.map(partial(knock, timeout=timeout), servers)
         shown = dict(
             zip(ports, pool.map(partial(ask_metrics, timeout=timeout), ports.values()), strict=True)
@@ -291,6 +313,7 @@ def look(parameters: Mapping[str, Any]) -> dict[str, Any]:
             },
             "database": asked.result(),
             "audit": last_audit(parameters["audit_record"]),
+            "dead_letters": letters.result(),
         }
 
 
@@ -307,6 +330,7 @@ def main() -> None:
             "database_netrc": {"type": "path", "default": ""},
             "database_ca": {"type": "path", "default": ""},
             "audit_record": {"type": "path", "default": ""},
+            "dead_letters_command": {"type": "list", "elements": "str", "default": []},
             "timeout": {"type": "int", "default": 2},
         },
         supports_check_mode=True,
