@@ -153,7 +153,7 @@ class Brokers:
 
         def ask(server: str) -> Any:
             try:
-                return self._connections[server].ask(questions[server]).to_dict()
+                return self._connections[server].ask(questions[server]).to_dict(json=False)
             except OSError as error:
                 self._give_up(server, explain_connection(error))
                 return None
