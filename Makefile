@@ -3,10 +3,12 @@
 
 SHELL := /bin/bash
 LAB := lab/bin/lab
+PLAYBOOK = cd ansible && ../.lab/venv/tools/bin/ansible-playbook -i ../inventory/$(TOPOLOGY)
 export TOPOLOGY ?= couchdb
 
 .DEFAULT_GOAL := help
-.PHONY: help lab demo test unit integration lint audit health bench drill lab-check lab-status lab-report lab-ssh \
+.PHONY: help lab demo test unit integration lint audit health bench drill backup restore \
+        lab-check lab-status lab-report lab-ssh \
         lab-destroy train lock clean
 
 help: ## List these targets
@@ -49,6 +51,13 @@ bench: ## Measure the pipeline on the running lab, about half an hour; ARGS=--he
 
 drill: ## Break the running lab while images flow, and audit: NAME=short, all or one; without, list them
 	@$(LAB) drill $(NAME) $(ARGS)
+
+backup: ## Back up the running lab's database to backups/, and prove it by restoring; ARGS="-e backup_keep=7"
+	@$(PLAYBOOK) playbooks/backup.yml $(ARGS)
+
+restore: ## Merge a backup into the running lab's database: FILE=backups/…; ARGS=--check only tells
+	@$(PLAYBOOK) playbooks/restore.yml \
+	    -e backup="$(abspath $(or $(FILE),$(error name a backup: make restore FILE=backups/…)))" $(ARGS)
 
 lab-check: ## Can this machine run the hosts? Says what is missing
 	@$(LAB) check

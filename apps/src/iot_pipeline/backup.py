@@ -48,11 +48,13 @@ _LEFT_OUT = ("_rev", "_attachments")
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What a backup is of. The number of documents is known once all of it is read."""
+    """What a backup holds."""
 
     database: str
     made_at: str
-    documents: int = 0
+    documents: int
+    bytes: int
+    """Size of the documents as JSON: what they take in a database, roughly."""
 
 
 @contextlib.contextmanager
@@ -129,11 +131,12 @@ class BackupFile:
             DamagedBackup: it is no backup, or not whole.
             ConfigError: there is no such file, or we may not read it.
         """
-        header = self.header()
-        count = 0
-        for count, _ in enumerate(self.documents(), start=1):
+        header, count, size = self.header(), 0, 0
+        for line, _ in self._documents():
+            count += 1
+            size += len(line)
             progress(count)
-        return Contents(header["database"], header["made_at"], count)
+        return Contents(header["database"], header["made_at"], count, size)
 
     def header(self) -> dict[str, Any]:
         """The first line, with `database` and `made_at`.
@@ -150,6 +153,9 @@ class BackupFile:
         Raises:
             DamagedBackup, ConfigError: as `check`.
         """
+        return (document for _, document in self._documents())
+
+    def _documents(self) -> Iterator[tuple[bytes, Document]]:
         with self._lines() as lines:
             digest = hashlib.sha256()
             first = next(lines, b"")
@@ -162,7 +168,7 @@ class BackupFile:
                     self._check_end(content, trailer, next(lines, None))
                     return
                 digest.update(line)
-                yield content
+                yield line, content
         raise self._damaged("it ends before its last line: it was cut off")
 
     def _check_end(self, found: object, expected: object, after: bytes | None) -> None:
