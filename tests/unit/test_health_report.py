@@ -301,7 +301,7 @@ def test_nobody_can_ask(world: World) -> None:
     assert [f for f in world.findings() if f[0] == "broker-lost"] == [
         ("broker-lost", "critical", name) for name in BROKERS
     ]
-    assert "broker-1: python: not found" in world.report()["findings"][0]["detail"]
+    assert "nor this host: python: not found" in world.report()["findings"][0]["detail"]
 
 
 @pytest.mark.parametrize(

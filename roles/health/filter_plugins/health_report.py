@@ -166,9 +166,9 @@ def judge_kafka(states: Mapping[str, Data], limits: Data) -> Iterator[Finding]:
         return
     viewer, view = best_view(states)
     if not view:
-        said = some(f"{host}: {last_line(state)}" for host, state in states.items())
         for server in limits["brokers"]:
-            detail = f"no broker's host could ask the cluster. {said}"
+            said = last_line(states.get(host_of(server), {}))
+            detail = f"nobody could ask the cluster, nor this host: {said}"
             yield find("broker-lost", CRITICAL, host_of(server), detail)
         return
     lost = lost_brokers(view, limits)
