@@ -139,7 +139,7 @@ class Brokers:
         except Refused as error:
             self._give_up(server, f"it does not let in {client.username}: {error}")
         except OSError as error:
-            self._give_up(server, explain_connection(error))
+            self._give_up(server, explain(error))
 
     def _give_up(self, server: str, problem: str) -> None:
         """Ask a server nothing more: its next answer would be that to the last question."""
@@ -155,7 +155,7 @@ class Brokers:
             try:
                 return self._connections[server].ask(questions[server]).to_dict(json=False)
             except OSError as error:
-                self._give_up(server, explain_connection(error))
+                self._give_up(server, explain(error))
                 return None
 
         servers = [server for server in questions if server in self._connections]
@@ -172,6 +172,11 @@ class Brokers:
             for answer in self.ask({server: make()}).values():
                 return answer
         return None
+
+
+def explain(error: OSError) -> str:
+    """Say why a server does not answer; TLS has many words for one that says nothing."""
+    return "timed out" if isinstance(error, TimeoutError) else explain_connection(error)
 
 
 def error_name(code: int) -> str:
