@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -68,9 +69,17 @@ class AnsibleModule(Protocol):
     """Calls a module of the role kafka_resources through `ansible`, as a play calls it."""
 
     def __call__(
-        self, name: str, parameters: Mapping[str, Any], *, check: bool = False
+        self,
+        name: str,
+        parameters: Mapping[str, Any],
+        *,
+        check: bool = False,
+        until: Callable[[], object] | None = None,
     ) -> dict[str, Any]:
-        """The module's result, with `failed`, and all that Ansible said at length as `output`."""
+        """The module's result, with `failed`, and all that Ansible said at length as `output`.
+
+        Once `until` is true, Ansible and all that it has started on this side are killed.
+        """
 
 
 @pytest.fixture
@@ -80,11 +89,17 @@ def ansible_module(tmp_path: Path) -> AnsibleModule:
     variables = tmp_path / "parameters.json"
     variables.touch(mode=0o600)
 
-    def call(name: str, parameters: Mapping[str, Any], *, check: bool = False) -> dict[str, Any]:
+    def call(
+        name: str,
+        parameters: Mapping[str, Any],
+        *,
+        check: bool = False,
+        until: Callable[[], object] | None = None,
+    ) -> dict[str, Any]:
         # Passwords do not belong where `ps` shows them.
         variables.write_text(json.dumps({"parameters": parameters}))
         arguments = {key: f"{{{{ parameters['{key}'] }}}}" for key in parameters}
-        done = subprocess.run(
+        running = subprocess.Popen(
             [
                 *(str(ansible), "localhost", "--connection=local", "-vvv", "--diff"),
                 *(f"--module-name={name}", f"--extra-vars=@{variables}"),
@@ -92,20 +107,28 @@ def ansible_module(tmp_path: Path) -> AnsibleModule:
             ],
             env=os.environ
             | {
+                "ANSIBLE_ACTION_PLUGINS": str(role / "action_plugins"),
                 "ANSIBLE_LIBRARY": str(role / "library"),
                 "ANSIBLE_MODULE_UTILS": str(role / "module_utils"),
                 "ANSIBLE_PYTHON_INTERPRETER": sys.executable,
                 "ANSIBLE_NOCOLOR": "true",
             },
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            check=False,
+            start_new_session=True,
         )
-        output = done.stdout + done.stderr
-        found = re.search(r"^localhost \| [A-Z!]+ => (\{.*)", done.stdout, re.MULTILINE | re.DOTALL)
+        if until:
+            wait_for(until, "what Ansible is to do before it is killed", 60)
+            os.killpg(running.pid, signal.SIGKILL)
+        said, errors = running.communicate()
+        output = said + errors
+        if until:
+            return {"failed": True, "output": output}
+        found = re.search(r"^localhost \| [A-Z!]+ => (\{.*)", said, re.MULTILINE | re.DOTALL)
         assert found, output
         result: dict[str, Any] = json.JSONDecoder().raw_decode(found[1])[0]
-        return result | {"failed": done.returncode != 0, "output": output}
+        return result | {"failed": running.returncode != 0, "output": output}
 
     return call
 

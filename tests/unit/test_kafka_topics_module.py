@@ -69,7 +69,7 @@ def test_partitions_grow_only_when_allowed() -> None:
 def test_replicas_are_not_moved() -> None:
     found = plan(Topic("images", 4, 3), Topic("images", 4, 1))
     assert found.is_empty()
-    assert "kafka-reassign-partitions.sh" in found.problems[0]
+    assert "playbooks/rebalance.yml" in found.problems[0]
 
 
 def test_configuration_is_set_changed_and_reset() -> None:

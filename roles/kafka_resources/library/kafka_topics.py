@@ -156,8 +156,8 @@ def make_plan(
         if topic.replication_factor not in {-1, present.replication_factor}:
             plan.problems.append(
                 f"{topic.name} has {present.replication_factor} replicas of each partition and "
-                f"{topic.replication_factor} are declared. Move them with "
-                "kafka-reassign-partitions.sh first, or declare as many as there are."
+                f"{topic.replication_factor} are declared. Run playbooks/rebalance.yml with "
+                "-e rebalance_execute=true first, or declare as many as there are."
             )
         changes = {
             key: value for key, value in topic.config.items() if present.config.get(key) != value

@@ -1,0 +1,216 @@
+"""The module kafka_rebalance against three real brokers, called by Ansible as a play calls it."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import pytest
+from kafka import KafkaProducer
+from kafka.admin import ConfigResource, ConfigResourceType
+
+from iot_lab.processes import Broker, wait_for
+
+TOPIC = "much"
+PARTITIONS = 6
+RECORD = b"x" * 10_000
+SLOW, FAST = 100_000, 1_000_000_000  # bytes per second
+
+pytestmark = pytest.mark.timeout(300)
+
+
+class Node(Broker):
+    """One of several brokers; the first is the controller too."""
+
+    def __init__(self, folder: Path, number: int, first: "Node | None" = None) -> None:
+        super().__init__(folder)
+        self.number = number
+        self._first = first
+
+    def _properties(self) -> dict[str, str]:
+        own = {**super()._properties(), "node.id": str(self.number)}
+        if self._first is None:
+            return own
+        listener = f"PLAINTEXT://{self.bootstrap_servers}"
+        return {
+            **own,
+            "process.roles": "broker",
+            "controller.quorum.bootstrap.servers": f"127.0.0.1:{self._first._controller_port}",
+            "listeners": listener,
+            "advertised.listeners": listener,
+        }
+
+    def _format_arguments(self) -> list[str]:
+        how = "--no-initial-controllers" if self._first else "--standalone"
+        return [how, "--cluster-id=rebalance-of-test-idsA"]
+
+
+class Cluster:
+    """Three nodes, and a topic that two of them keep; records are sent to it until it is closed."""
+
+    def __init__(self, folder: Path) -> None:
+        first = Node(folder / "1", 1)
+        self.nodes = [first, Node(folder / "2", 2, first), Node(folder / "3", 3, first)]
+        self.confirmed: Counter[int] = Counter()
+        self.errors: list[BaseException] = []
+        self._stop = Event()
+        self._sender = Thread(target=self._send)
+
+    @property
+    def servers(self) -> str:
+        return ",".join(node.bootstrap_servers for node in self.nodes)
+
+    def fill(self) -> None:
+        assignments = {number: [1, 2] if number % 2 else [2, 1] for number in range(PARTITIONS)}
+        with self.admin() as admin:
+            admin.create_topics({TOPIC: {"assignments": assignments}}, wait_for_metadata=True)
+        self._sender.start()
+        wait_for(lambda: self.errors or sum(self.confirmed.values()) > 300, "some records", 60)
+
+    def _send(self) -> None:
+        producer = KafkaProducer(bootstrap_servers=self.servers, acks="all", linger_ms=5)
+        try:
+            while not self._stop.wait(0.05):
+                sent = [producer.send(TOPIC, RECORD, partition=n) for n in range(PARTITIONS)]
+                for future in sent:
+                    self.confirmed[future.get(timeout=30).partition] += 1
+        except BaseException as error:  # noqa: BLE001 - the test shows it
+            self.errors.append(error)
+        finally:
+            producer.close()
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._sender.ident:
+            self._sender.join()
+
+    def admin(self) -> Any:
+        return self.nodes[0].admin()
+
+    def up(self) -> int:
+        with self.admin() as admin:
+            return sum(not each["is_fenced"] for each in admin.describe_cluster()["brokers"])
+
+    def replicas(self) -> dict[int, list[int]]:
+        with self.admin() as admin:
+            (topic,) = admin.describe_topics([TOPIC])
+        return {each["partition_index"]: each["replica_nodes"] for each in topic["partitions"]}
+
+    def moving(self) -> Mapping[Any, Any]:
+        with self.admin() as admin:
+            found: Mapping[Any, Any] = admin.list_partition_reassignments()
+            return found
+
+    def throttled(self) -> list[str]:
+        asked = [ConfigResource(ConfigResourceType.TOPIC, TOPIC)]
+        asked += [ConfigResource(ConfigResourceType.BROKER, str(number)) for number in (1, 2, 3)]
+        with self.admin() as admin:
+            found = admin.describe_configs(asked)
+        return [
+            f"{name} {key}"
+            for kind in found.values()
+            for name, settings in kind.items()
+            for key in settings
+            if "throttled" in key
+        ]
+
+
+def kept(replicas: Mapping[int, list[int]]) -> Counter[int]:
+    return Counter(broker for each in replicas.values() for broker in each)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with ExitStack() as stack:
+        cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+        for node in cluster.nodes:
+            stack.callback(node.kill)
+            node.start()
+        for node in cluster.nodes:
+            node.wait_ready()
+        wait_for(lambda: cluster.up() == 3, "three brokers", 60)
+        stack.callback(cluster.close)
+        cluster.fill()
+        yield cluster
+
+
+@pytest.fixture
+def rebalance(cluster: Cluster, ansible_module: Callable[..., dict[str, Any]]) -> Any:
+    def call(check: bool = False, until: Any = None, **options: Any) -> dict[str, Any]:
+        parameters = {"bootstrap_servers": cluster.servers, "timeout": 10, "patience": 60}
+        return ansible_module("kafka_rebalance", parameters | options, check=check, until=until)
+
+    return call
+
+
+def test_a_third_broker_gets_its_share_and_gives_it_back(
+    cluster: Cluster, rebalance: Callable[..., dict[str, Any]]
+) -> None:
+    before = cluster.replicas()
+    plan = rebalance()
+    assert plan["plan"][0].startswith("4 replicas to copy, "), plan["output"]
+    assert plan["changed"] is False
+    assert rebalance(state="moved", check=True)["changed"] is True
+    assert (cluster.replicas(), cluster.moving()) == (before, {})
+
+    # Throttled, and cut off while partitions move: the brokers go on, and the throttle stays.
+    rebalance(state="moved", throttle=SLOW, until=cluster.moving)
+    assert len(cluster.moving()) == 4
+    assert len(cluster.throttled()) == 8
+    assert "4 partitions are on their way" in rebalance()["msg"]
+
+    done = rebalance(state="moved", throttle=FAST)
+    assert done["done"] is True, done["output"]
+    assert "4 partitions are on their way" in done["output"], "no progress was shown"
+    after = cluster.replicas()
+    assert kept(after) == {1: 4, 2: 4, 3: 4}
+    assert Counter(replicas[0] for replicas in after.values()) == {1: 2, 2: 2, 3: 2}
+    assert (cluster.moving(), cluster.throttled()) == ({}, [])
+    assert rebalance(state="moved")["changed"] is False
+
+    # What is under way can be taken back.
+    rebalance(state="moved", throttle=SLOW, retire=["3"], until=cluster.moving)
+    assert rebalance(state="cancelled")["changed"] is True
+    assert kept(cluster.replicas()) == kept(after)
+    assert (cluster.moving(), cluster.throttled()) == ({}, [])
+
+    plan = rebalance(retire=["3"])
+    retired = rebalance(state="moved", throttle=FAST, retire=["3"])
+    assert retired["done"] is True, retired["output"]
+    assert "127.0.0.1: replicas 4 → 0, leads 2 → 0" in plan["shares"]
+    assert kept(cluster.replicas()) == {1: 6, 2: 6}
+    assert cluster.throttled() == []
+
+    cluster.close()
+    assert cluster.errors == []
+    assert Counter(each.partition for each in cluster.nodes[0].records(TOPIC)) == cluster.confirmed
+
+
+def test_a_topic_gets_the_replicas_that_are_declared(
+    cluster: Cluster, rebalance: Callable[..., dict[str, Any]]
+) -> None:
+    done = rebalance(state="moved", replication_factors={TOPIC: 3, "unknown": 3})
+    assert done["done"] is True, done["output"]
+    assert kept(cluster.replicas()) == {1: 6, 2: 6, 3: 6}
+
+
+def test_what_cannot_be_is_refused(
+    cluster: Cluster, rebalance: Callable[..., dict[str, Any]]
+) -> None:
+    assert "9 cannot retire: this cluster's brokers are " in rebalance(retire=["9"])["msg"]
+    few = rebalance(state="moved", retire=["1", "2"])
+    assert f"1 brokers cannot keep the replicas of {TOPIC} (" in few["msg"]
+    strange = rebalance(brokers=["1", "2"])
+    assert "127.0.0.1 (3) is a broker of this cluster and not of the inventory" in strange["msg"]
+    new = rebalance(brokers=["1", "2", "3", "4"])
+    assert "4 is no broker of this cluster yet" in new["msg"]
+
+    cluster.nodes[2].kill()
+    told = "127.0.0.1 (3) is down: start it, or retire it"
+    wait_for(lambda: told in rebalance(state="moved")["msg"], "the loss to be noticed", 60)
+    # It has lost its host; its partitions get other replicas.
+    dead = rebalance(state="moved", retire=["3"], replication_factors={TOPIC: 2})
+    assert dead["done"] is True, dead["output"]
+    assert kept(cluster.replicas()) == {1: 6, 2: 6}
