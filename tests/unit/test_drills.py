@@ -101,15 +101,24 @@ def test_the_longest_pause_counts_from_the_blow_to_the_return() -> None:
     assert watch.longest_pause("store", 26, 29) == 3
 
 
-def test_a_stage_works_when_one_host_does_and_a_hit_host_must_itself() -> None:
+def test_steady_is_who_no_longer_pauses() -> None:
     watch = Watch([*LAB, machine("i2", "inference_nodes")])
+    steady = [float(second) for second in range(31)]
     for stage in STAGES:
-        watch.stages[stage][0].progress = [10.0]
-    assert watch.has_worked(9)
-    assert not watch.has_worked(10)
-    assert not watch.has_worked(9, [machine("i2", "inference_nodes")])
+        watch.stages[stage][0].progress = steady
+    assert watch.steady_since(0, 30.5) == 0
+    # One host works for both, unless it is asked for itself.
+    other = [machine("i2", "inference_nodes")]
+    assert watch.steady_since(0, 30.5, other) is None
+    watch.stages["infer"][1].progress = [float(second) for second in range(12, 31)]
+    assert watch.steady_since(0, 30.5, other) == 12
+    assert watch.steady_since(13, 30.5, other) == 13
+    # A pause after first results is one, too.
+    watch.stages["store"][0].progress = [1.0, 2.0, 9.0, *steady[10:]]
+    assert watch.steady_since(0, 30.5) == 9
+    assert watch.steady_since(0, 40) is None
     # Of what is no stage, the stages tell.
-    assert watch.has_worked(9, [LAB[1]])
+    assert watch.steady_since(10, 30.5, [LAB[1]]) == 10
 
 
 def test_services_that_were_started_again_are_counted() -> None:

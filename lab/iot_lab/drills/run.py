@@ -6,7 +6,7 @@ import json
 import shlex
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from iot_lab.drills.watch import STAGES, Watch, load
 from iot_lab.hosts import Machine
 from iot_lab.shell import LabError
 
-SETTLED = 5.0  # seconds of undisturbed work before anything is done
+SETTLED = 10.0  # seconds of steady work, before anything is done and after
 PATIENCE = 300.0  # seconds that the lab has to be whole again
 # Findings that say nothing of whether the lab can take the next blow.
 HARMLESS = frozenset({"dead-letters", "consumer-lag", "audit-stale", "audit-missing"})
@@ -73,8 +73,7 @@ def run(lab: faults.Lab, drill: Drill) -> Outcome:
     watch = Watch(lab.machines)
     rows: list[Row] = []
     with load(lab.machines, drill.rate), watch.running():
-        _wait(lambda: watch.has_worked(time.monotonic() - 1), 120, "every stage works")
-        time.sleep(SETTLED)
+        _until_steady(watch, time.monotonic())
         for step in drill.steps:
             for hit in step.rounds(lab.machines):
                 began, failures, restarts = time.time(), watch.failures(), watch.restarts()
@@ -118,8 +117,7 @@ def _do(lab: faults.Lab, watch: Watch, step: Step, hit: Sequence[Machine]) -> Ro
     with around(lab, hit, step) if around else nullcontext():
         if around:
             _until_whole(lab, "on the small disk")
-            _wait(lambda: watch.has_worked(time.monotonic() - 1), PATIENCE, "every stage works")
-            time.sleep(SETTLED)
+            _until_steady(watch, time.monotonic())
         began = time.monotonic()
         with ExitStack() as fault:
             fault.enter_context(faults.FAULTS[step.action](lab, hit, step))
@@ -134,14 +132,10 @@ def _do(lab: faults.Lab, watch: Watch, step: Step, hit: Sequence[Machine]) -> Ro
                     f"health did not name {n}" for n in step.health if n not in row.health
                 ]
             time.sleep(max(0.0, began + step.seconds - time.monotonic()))
-            # A kill is over at once, a fault when it begins to be undone.
-            ended = time.monotonic() if step.seconds else began
-        if step.action == "play":
             ended = time.monotonic()
         row.lasted = ended - began
         try:
-            _wait(lambda: watch.has_worked(ended, hit), PATIENCE, "every stage works")
-            row.back = time.monotonic() - ended
+            row.back = _until_steady(watch, ended, hit)
         except LabError as error:
             row.wrong.append(str(error))
         if step.back_within is not None and row.back is not None and row.back > step.back_within:
@@ -192,12 +186,20 @@ def _until_whole(lab: faults.Lab, when: str) -> None:
         time.sleep(1)
 
 
-def _wait(reached: Callable[[], bool], seconds: float, what: str) -> None:
-    ends = time.monotonic() + seconds
-    while not reached():
-        if time.monotonic() > ends:
-            raise LabError(f"waited {seconds:.0f} s in vain until {what}")
-        time.sleep(0.1)
+def _until_steady(watch: Watch, since: float, hit: Sequence[Machine] = ()) -> float:
+    """Wait until every stage, and each of these hosts, works steadily.
+
+    Returns after how many seconds it began to. Raises LabError when it does not.
+    """
+    ends = time.monotonic() + PATIENCE
+    while True:
+        now = time.monotonic()
+        steady = watch.steady_since(since, now, hit)
+        if steady is not None and now - steady >= SETTLED:
+            return steady - since
+        if now > ends:
+            raise LabError(f"not every stage works steadily within {PATIENCE:.0f} s")
+        time.sleep(0.2)
 
 
 def _expect_none(row: Row, what: str, count: float) -> None:

@@ -24,6 +24,7 @@ STAGES = {
 """Stage: the group of its hosts, and its service."""
 
 DROP_IN = "/etc/systemd/system/iot-producer.service.d/drill.conf"
+PAUSE = 2.0  # seconds without a result that count as not working
 LONGEST = 5400  # seconds after which a forgotten load ends by itself
 # A link that is dead is noticed within seconds.
 ALIVE = ("-o", "ServerAliveInterval=1", "-o", "ServerAliveCountMax=3")
@@ -113,17 +114,22 @@ class Watch:
 
     def longest_pause(self, stage: str, since: float, until: float) -> float:
         """Return the longest time, in seconds, in which a stage confirmed nothing."""
-        seen = sorted(t for o in self.stages[stage] for t in o.progress if since <= t <= until)
-        marks = [since, *seen, until]
+        marks = [since, *_between(self.stages[stage], since, until), until]
         return max(later - earlier for earlier, later in pairwise(marks))
 
-    def has_worked(self, since: float, hit: Sequence[Machine] = ()) -> bool:
-        """Tell whether every stage has confirmed something since then, and each of these hosts."""
-        stages = all(
-            any(o.progress and o.progress[-1] > since for o in os) for os in self.stages.values()
-        )
-        hosts = all(o.progress and o.progress[-1] > since for m in hit for o in self.of(m))
-        return stages and hosts
+    def steady_since(self, since: float, until: float, hit: Sequence[Machine] = ()) -> float | None:
+        """Return from when on no stage, and none of these hosts, paused for longer than PAUSE.
+
+        None where one pauses at the end. Hosts that are no stage's are not looked at.
+        """
+        steady = since
+        for observers in [*self.stages.values(), *([o] for m in hit for o in self.of(m))]:
+            marks = [since, *_between(observers, since, until)]
+            if until - marks[-1] > PAUSE:
+                return None
+            ends = [later for earlier, later in pairwise(marks) if later - earlier > PAUSE]
+            steady = max(steady, *ends, since)
+        return steady
 
     def failures(self) -> float:
         """Return how many writes a sink refused or missed so far."""
@@ -132,6 +138,10 @@ class Watch:
     def restarts(self) -> int:
         """Return how many times a service was started again so far."""
         return sum(len(observer.starts) - 1 for observer in self._all() if observer.starts)
+
+
+def _between(observers: Sequence[Observer], since: float, until: float) -> list[float]:
+    return sorted(t for o in observers for t in o.progress if since <= t <= until)
 
 
 @contextmanager
