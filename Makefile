@@ -7,7 +7,7 @@ PLAYBOOK = cd ansible && ../.lab/venv/tools/bin/ansible-playbook -i ../inventory
 export TOPOLOGY ?= couchdb
 
 .DEFAULT_GOAL := help
-.PHONY: help lab demo test unit integration lint audit health bench drill backup restore \
+.PHONY: help lab demo test unit integration lint audit dead-letters health bench drill backup restore \
         lab-check lab-status lab-report lab-ssh \
         lab-destroy train lock clean
 
@@ -42,6 +42,9 @@ lint: ## Linters and type checks
 
 audit: ## Is every image stored and predicted, once? Asks the storage host; ARGS=--json
 	@$(LAB) audit $(ARGS)
+
+dead-letters: ## Records that were set aside, asked of the storage host: ARGS=list, "replay --reason R" …
+	@$(LAB) dead-letters $(ARGS)
 
 health: ## What is wrong? Hosts, services, brokers, lag, disks; ARGS=--json; exit status for monitoring
 	@$(LAB) health $(ARGS)

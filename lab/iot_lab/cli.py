@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     # What follows these names is theirs to read: argparse would stumble over its options.
     passed_on: list[str] = []
-    if words[:1] in (["artifacts"], ["audit"], ["bench"], ["demo"], ["drill"]):
+    if words[:1] in (["artifacts"], ["audit"], ["bench"], ["dead-letters"], ["demo"], ["drill"]):
         words, passed_on = words[:1], words[1:]
     options = _parser().parse_args(words)
     options.passed_on = passed_on
@@ -134,6 +134,13 @@ def _parser() -> argparse.ArgumentParser:
     add_topology(command)
     command.add_argument("--json", action="store_true", help="the whole report, on one line")
 
+    command = add(
+        "dead-letters",
+        _dead_letters,
+        "run `iot-pipeline dead-letters` on the storage host, with its options",
+    )
+    add_topology(command)
+
     command = add("ssh", _ssh, "open a shell on a host, or run a command there")
     add_topology(command)
     command.add_argument("host", help="its name in the inventory")
@@ -209,11 +216,24 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _audit(options: argparse.Namespace) -> int:
+    return _ask_storage("audit", options)
+
+
+def _dead_letters(options: argparse.Namespace) -> int:
+    return _ask_storage("dead-letters", options)
+
+
+def _ask_storage(command: str, options: argparse.Namespace) -> int:
+    """Run a command of the apps on the storage host, which has settings for it."""
     storage = report.auditor(hosts.machines(options.topology))
     if storage is None:
         raise LabError("no host of the inventory is in the group storage_nodes")
-    words = shlex.join(["sudo", "iot-pipeline", "audit", *options.passed_on])
-    return _replace(remote.command(storage, words))
+    words = shlex.join(["sudo", "iot-pipeline", command, *options.passed_on])
+    return _replace(remote.command(storage, words, terminal=_has_terminal()))
+
+
+def _has_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _health(options: argparse.Namespace) -> int:
@@ -229,8 +249,7 @@ def _ssh(options: argparse.Namespace) -> int:
     if options.host not in machines:
         raise LabError(f"no host is called {options.host}: HOST is one of {', '.join(machines)}")
     words = options.words[1:] if options.words[:1] == ["--"] else options.words
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    return _replace(remote.command(machines[options.host], *words, terminal=terminal))
+    return _replace(remote.command(machines[options.host], *words, terminal=_has_terminal()))
 
 
 def _demo(options: argparse.Namespace) -> int:
