@@ -52,6 +52,7 @@ def test_a_topic_through_its_life(module: Module, name: str) -> None:
     assert "kafka_resources_grow_partitions" in refused["msg"]
     grown = module(more, grow=True)
     assert (grown["grown"], grown["configured"]) == ([name], [name])
+    assert "than earlier records of its key" in grown["output"]
     assert module(more)["changed"] is False
 
     fewer = module(first, grow=True)

@@ -301,6 +301,11 @@ def run(module: AnsibleModule) -> dict[str, Any]:
             raise ValueError(" ".join(plan.problems))
         # The brokers know what is valid: one mistake, and nothing is changed.
         carry_out(access.admin, plan, validate_only=True)
+        for name, partitions in plan.grow.items():
+            module.warn(
+                f"{name} gets {partitions} partitions instead of {existing[name].partitions}: a "
+                "record may go to another one than earlier records of its key."
+            )
         if not module.check_mode:
             carry_out(access.admin, plan, validate_only=False)
     return {
