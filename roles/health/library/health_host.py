@@ -202,7 +202,10 @@ def disks(folders: list[str]) -> list[dict[str, Any]]:
 
 def certificate(file: str, now: datetime) -> dict[str, Any]:
     """Tell when the first certificate of a file ends that ends."""
-    found = [ending(pem, now) for pem in PEM.findall(Path(file).read_text())]
+    try:
+        found = [ending(pem, now) for pem in PEM.findall(Path(file).read_text())]
+    except subprocess.CalledProcessError:
+        found = []
     if not found:
         return {"file": file, "subject": "", "not_after": "", "days": None}
     return {"file": file, **min(found, key=lambda each: float(each["days"]))}
