@@ -29,7 +29,7 @@ AT = "2026-11-22T12:00:00Z"
 BROKERS = ["broker-1", "broker-2", "broker-3"]
 LIMITS: dict[str, Any] = {
     "brokers": [f"{name}:9092" for name in BROKERS],
-    "controllers": 3,
+    "controllers": [f"{name}:9093" for name in BROKERS],
     "sinks": {"iot-storage.service": "database", "iot-inference.service": "brokers"},
     "disk_warning_percent": 85,
     "disk_critical_percent": 95,
@@ -384,7 +384,12 @@ def test_the_database(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    "server, name", [("database:6984", "database-down"), ("broker-1:9092", "broker-lost")]
+    "server, name",
+    [
+        ("database:6984", "database-down"),
+        ("broker-1:9092", "broker-lost"),
+        ("broker-1:9093", "quorum-voter-lost"),
+    ],
 )
 def test_a_host_that_is_cut_off(world: World, server: str, name: str) -> None:
     world.looks["storage"]["unreached"] = {server: TIMED_OUT}

@@ -35,6 +35,8 @@ HINTS = {
     "dead-letters": "on {host}: sudo iot-pipeline dead-letters list",
 }
 NAMES = tuple(HINTS)
+# Those of them that say that something is away altogether.
+AWAY = ("host-unreachable", "broker-lost", "quorum-voter-lost", "database-down")
 SHOWN = 4  # of what may be many
 
 
@@ -227,9 +229,10 @@ def judge_quorum(quorum: Data, limits: Data) -> Iterator[Finding]:
             yield find("quorum-voter-lost", CRITICAL, host, detail)
         elif voter["lag"] > limits["quorum_lag_records"]:
             yield find("quorum-lag", WARNING, host, f"{voter['lag']} records behind the leader")
-    missing = limits["controllers"] - len(voters)
+    wanted = len(limits["controllers"])
+    missing = wanted - len(voters)
     if missing > 0:
-        detail = f"{missing} of {limits['controllers']} controllers do not vote"
+        detail = f"{missing} of {wanted} controllers do not vote"
         yield find("quorum-voter-lost", WARNING, "", detail)
 
 
@@ -287,18 +290,15 @@ def judge_sight(
     looks: Mapping[str, Data], so_far: Sequence[Finding], limits: Data
 ) -> Iterator[Finding]:
     """Judge what hosts do not reach, though it is there for others."""
-    down = {
-        f.host for f in so_far if f.name in {"host-unreachable", "broker-lost", "database-down"}
-    }
+    down = {finding.host for finding in so_far if finding.name in AWAY}
     for host, look in looks.items():
         unreached = {
             server: problem
             for server, problem in look.get("unreached", {}).items()
             if host_of(server) not in down
         }
-        brokers = [server for server in unreached if server in limits["brokers"]]
-        others = [server for server in unreached if server not in limits["brokers"]]
-        for name, servers in (("broker-lost", brokers), ("database-down", others)):
+        for name in AWAY:
+            servers = [server for server in unreached if kind(server, limits) == name]
             if servers:
                 detail = f"it does not reach {some(servers)} ({unreached[servers[0]]})"
                 yield find(name, CRITICAL, host, detail)
@@ -309,6 +309,13 @@ def judge_sight(
                 waits = each["metrics"].get("iot_oldest_unhandled_seconds", 0.0)
                 detail = f"{each['unit']} cannot write, its oldest record waits for {waits:.0f} s"
                 yield find(name, CRITICAL, host, detail)
+
+
+def kind(server: str, limits: Data) -> str:
+    """Return what it is called when a server is away."""
+    if server in limits["brokers"]:
+        return "broker-lost"
+    return "quorum-voter-lost" if server in limits["controllers"] else "database-down"
 
 
 def last_audit(looks: Mapping[str, Data]) -> tuple[str, Data | None]:
