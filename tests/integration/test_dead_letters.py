@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import signal
 import subprocess
 import time
@@ -208,6 +209,27 @@ def test_what_cannot_go_back_stays_open_and_is_told(pipeline: Pipeline) -> None:
     done = pipeline.dead_letters("show", "foreign", "nobody")
     assert (done.returncode, "nobody: no such dead letter is open" in done.stderr) == (1, True)
     assert "state       dropped" in pipeline.dead_letters("show", "--all", "foreign").stdout
+
+
+@pytest.mark.parametrize("answer,status", [("n", 1), ("", 1), ("y", 0)])
+def test_at_a_terminal_it_asks(answer: str, status: int, pipeline: Pipeline) -> None:
+    bury(pipeline, [Source(pipeline.image_topic, 0, b"key", b"value")])
+    ours, its = os.openpty()
+    with subprocess.Popen(
+        [str(APPS / "iot-pipeline"), "dead-letters", "replay"],
+        env=pipeline.tool_environment("iot-operator"),
+        stdin=its,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as replay:
+        os.write(ours, f"{answer}\n".encode())
+        said, _ = replay.communicate(timeout=60)
+    os.close(ours)
+    os.close(its)
+    assert "Replay them? [y/N]" in said
+    assert (replay.returncode, "Nothing was done." in said) == (status, status == 1)
+    assert len(listed(pipeline)) == status
+    assert sum(pipeline.broker.ends(pipeline.image_topic).values()) == 1 - status
 
 
 def test_an_operator_may_and_others_may_not(secure_pipeline: Pipeline) -> None:

@@ -44,14 +44,14 @@ class DeadLetterLimit:
         if self._consecutive_limit and self._consecutive >= self._consecutive_limit:
             raise TooManyDeadLetters(
                 f"{self._consecutive} records in a row cannot be handled "
-                "(IOT_MAX_CONSECUTIVE_DEAD_LETTERS); read the dead-letter topic for the reasons"
+                "(IOT_MAX_CONSECUTIVE_DEAD_LETTERS); `iot-pipeline dead-letters list` tells why"
             )
         seen = len(self._window)
         share = self._refused_in_window / seen
         if seen >= WINDOW_MINIMUM and share > self._share_limit:
             raise TooManyDeadLetters(
                 f"{self._refused_in_window} of the last {seen} records cannot be handled "
-                "(IOT_MAX_DEAD_LETTER_SHARE); read the dead-letter topic for the reasons"
+                "(IOT_MAX_DEAD_LETTER_SHARE); `iot-pipeline dead-letters list` tells why"
             )
 
 
