@@ -428,6 +428,14 @@ def test_the_newest_audit_counts(world: World) -> None:
     assert world.findings() == []
 
 
+def test_a_host_is_told_once_that_its_own_database_is_down(world: World) -> None:
+    storage = world.looks["storage"]
+    storage["database"] = {"url": "https://127.0.0.1:6984/a", "problem": "Connection refused"}
+    storage["unreached"] = {"127.0.0.1:6984": "Connection refused"}
+    storage["services"][0]["metrics"] = {"iot_sink_up": 0.0}
+    assert world.findings() == [("database-down", "critical", "storage")]
+
+
 def test_what_is_critical_comes_first_and_is_told_with_what_to_do(world: World) -> None:
     world.looks["database"]["disks"][0]["used_percent"] = 90.0
     world.looks["inference"]["services"][0]["state"] = "failed (failed)"

@@ -357,7 +357,8 @@ def report(
     """
     moment = datetime.fromisoformat(at)
     found = [*judge_hosts(looks, limits), *judge_kafka(states, limits)]
-    found += judge_sight(looks, found, limits)
+    told = {(finding.name, finding.host) for finding in found}
+    found += [f for f in judge_sight(looks, found, limits) if (f.name, f.host) not in told]
     found += judge_audit(looks, limits, moment)
     host, letters = dead_letters(looks)
     if letters and letters > limits["dead_letters"]:
