@@ -22,7 +22,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         """Take steps until one says that all is done, or none has made any progress for long."""
         result: dict[str, Any] = super().run(tmp, task_vars)
         takes_steps = self._task.args.get("state") == "moved" and not self._task.check_mode
-        changed, said, since = False, "", time.monotonic()
+        changed, said, fewest, since = False, "", None, time.monotonic()
         while True:
             step: dict[str, Any] = self._execute_module(task_vars=task_vars)
             changed |= step.get("changed", False)
@@ -31,8 +31,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             if not takes_steps or step.get("done") or is_refused:
                 return result | step | {"changed": changed}
             if step["msg"] != said:
-                said, since = step["msg"], time.monotonic()
+                said = step["msg"]
                 display.display(f"{time.strftime('%H:%M:%S')} {said}")
+                # More is no progress: what is produced meanwhile is copied too.
+                remaining = step.get("remaining")
+                if remaining is None or fewest is None or remaining < fewest:
+                    fewest, since = remaining, time.monotonic()
             waited = time.monotonic() - since
             if waited > float(self._task.args.get("patience", 600)):
                 text = f"No progress for {waited:.0f} s: {said}"

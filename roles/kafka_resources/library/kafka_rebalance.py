@@ -92,6 +92,9 @@ RETURN = """
 done:
   description: Whether nothing is left to do.
   type: bool
+remaining:
+  description: While partitions move, how many still do, and the bytes to be copied yet.
+  type: list
 plan:
   description: What has to move, each as one line.
   type: list
@@ -252,16 +255,16 @@ def described(cluster: Cluster, plan: Layout) -> list[str]:
     bytes_ = sum(cluster.size(at) * len(brokers) for at, brokers in added.items())
     moves = [
         f"{at}: {cluster.names(now[at])} → {cluster.names(replicas)}"
-        + (f" ({as_size(cluster.size(at) * len(added[at]))})" if added[at] else " (order only)")
+        + (f" ({as_size(cluster.size(at) * len(added[at]))})" if added[at] else " (no copy)")
         for at, replicas in sorted(plan.items())
     ]
     copied = sum(map(len, added.values()))
-    order = sum(not each for each in added.values())
-    left = [f"… and {len(moves) - LINES} more"] if len(moves) > LINES else []
+    rest = sum(not each for each in added.values())
+    more = [f"… and {len(moves) - LINES} more"] if len(moves) > LINES else []
     return [
-        f"{copied} replicas to copy, {as_size(bytes_)}; {order} partitions change their order only",
+        f"{copied} replicas to copy, {as_size(bytes_)}; {rest} partitions change without a copy",
         *moves[:LINES],
-        *left,
+        *more,
     ]
 
 
@@ -277,14 +280,18 @@ def shares_of(cluster: Cluster, plan: Layout) -> list[str]:
     ]
 
 
-def progress(cluster: Cluster) -> str:
-    """How far the moves that are under way are."""
-    left = sum(
+def left(cluster: Cluster) -> int:
+    """How many bytes are to be copied yet."""
+    return sum(
         max(0, cluster.size(at) - cluster.sizes.get(at, {}).get(broker, 0))
         for at, move in cluster.moves.items()
         for broker in move.adding
     )
-    text = f"{len(cluster.moves)} partitions are on their way, {as_size(left)} are left"
+
+
+def progress(cluster: Cluster) -> str:
+    """How far the moves that are under way are."""
+    text = f"{len(cluster.moves)} partitions are on their way, {as_size(left(cluster))} are left"
     if cluster.down():
         text += f"; {cluster.names(cluster.down())} is down"
     return text
@@ -476,7 +483,8 @@ def go_on(admin: Any, cluster: Cluster, throttle: int) -> dict[str, Any]:
     adding = {at: move.adding for at, move in cluster.moves.items()}
     wanted = throttle_for(cluster, adding, throttle)
     changed = ensure_throttle(admin, read_throttle(admin, cluster), wanted)
-    return {"changed": changed, "done": False, "msg": progress(cluster)}
+    remaining = [len(cluster.moves), left(cluster)]
+    return {"changed": changed, "done": False, "msg": progress(cluster), "remaining": remaining}
 
 
 def next_step(
