@@ -51,6 +51,27 @@ def test_documents_hold_image_and_prediction(topology: Any) -> None:
         assert "@" in document["Model"]
 
 
+def test_a_backup_is_whole_and_who_makes_it_may_not_restore(topology: Any) -> None:
+    storage = topology.first("storage_nodes")
+    folder = storage.check_output("mktemp --directory /var/tmp/infra-tests.XXXXXX")
+    file = f"{folder}/backup"
+    try:
+        made = json.loads(storage.check_output("iot-pipeline backup %s --json", file))
+        assert made["database"] == topology.variable("couchdb_database")
+        assert storage.file(file).mode == 0o600
+        # The database may have gained more by now, and lost nothing.
+        found = storage.check_output("iot-pipeline restore %s --compare --json", file)
+        assert json.loads(found)["documents"] == made["documents"]
+        # Were it let in, it would change nothing: all of it is there.
+        refused = storage.run(
+            "iot-pipeline restore %s --env-file /etc/iot-pipeline/iot-audit.env", file
+        )
+        assert refused.rc == 1, refused.stdout
+        assert "You may read this database" in refused.stderr
+    finally:
+        storage.check_output("rm -r %s", folder)
+
+
 REASONS = {
     "invalid-base64",
     "invalid-json",

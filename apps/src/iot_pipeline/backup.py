@@ -131,21 +131,14 @@ class BackupFile:
             DamagedBackup: it is no backup, or not whole.
             ConfigError: there is no such file, or we may not read it.
         """
-        header, count, size = self.header(), 0, 0
+        with self._lines() as lines:
+            header = self._header(next(lines, b""))
+        count = size = 0
         for line, _ in self._documents():
             count += 1
             size += len(line)
             progress(count)
         return Contents(header["database"], header["made_at"], count, size)
-
-    def header(self) -> dict[str, Any]:
-        """The first line, with `database` and `made_at`.
-
-        Raises:
-            DamagedBackup, ConfigError: as `check`.
-        """
-        with self._lines() as lines:
-            return self._header(next(lines, b""))
 
     def documents(self) -> Iterator[Document]:
         """All documents, in the order of the file. Only after the last one it is known to be whole.
