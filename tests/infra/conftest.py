@@ -5,7 +5,7 @@
 The hosts are reached by ssh as Ansible reaches them, and sudo must not ask for a password there.
 Tests marked e2e send images and a few broken records through the pipeline, and try to write what
 nobody but the admin may; leave them out with `-m "not e2e"`, and the others only look, log in with
-what must be refused, and knock at ports. What breaks something on purpose is a drill: docs/drills.md.
+what must be refused, and knock at ports. What breaks something is a drill: docs/drills.md.
 """
 
 import datetime as dt

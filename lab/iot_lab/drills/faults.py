@@ -50,8 +50,11 @@ class Lab:
         return self._containers[machine.name].id
 
     def named(self, names: Sequence[str]) -> list[Machine]:
-        """Return the machines of these groups and names."""
-        return [m for m in self.machines if m.name in names or set(m.groups) & set(names)]
+        """Return the machines of these groups and names. Raises LabError when there are none."""
+        found = [m for m in self.machines if {"all", m.name, *m.groups} & set(names)]
+        if not found:
+            raise LabError(f"no host is {' or '.join(names)}, or in such a group")
+        return found
 
 
 def on_host(machine: Machine, script: str, timeout: float = 120) -> str:
