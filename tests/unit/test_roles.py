@@ -15,7 +15,9 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 ROLES = sorted(p for p in (ROOT / "roles").iterdir() if p.is_dir())
-OURS = {p.stem for p in ROOT.glob("roles/*/library/*.py")}
+OURS = {
+    p.stem for p in [*ROOT.glob("roles/*/library/*.py"), *ROOT.glob("roles/*/action_plugins/*.py")]
+}
 
 Rule = Callable[[Path], list[str]]
 
