@@ -458,7 +458,10 @@ class Sender:
                 if not future.is_done or future.exception is not None:
                     self._wait(future, deadline, alive)
             except KafkaError as error:
-                self._spoiled |= not isinstance(error, RetriableError)
+                # Nor does a client always recover that gave a record up: it may send to that
+                # partition no more, and never say so.
+                gave_up = isinstance(error, KafkaTimeoutError)
+                self._spoiled |= gave_up or not isinstance(error, RetriableError)
                 failures.append(self._explain(error, topic))
             except BaseException:
                 self._give_up()
