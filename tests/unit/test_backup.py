@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from iot_pipeline import cli
@@ -69,8 +69,6 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
     assert (contents.database, contents.documents) == ("img_db", len(DOCUMENTS))
 
 
-# It waits for the disk.
-@settings(deadline=None)
 @given(content=documents)
 def test_any_document_comes_back(
     tmp_path_factory: pytest.TempPathFactory, content: list[Document]

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 FILE = Path(__file__).parents[2] / "roles/kafka_resources/module_utils/kafka_partitions.py"
@@ -27,9 +27,6 @@ def load() -> ModuleType:
 kafka_partitions: Any = load()
 Partition = kafka_partitions.Partition
 plan_layout = kafka_partitions.plan_layout
-
-# How long an example takes depends on what else the machine does.
-untimed = settings(deadline=None)
 
 Layout = dict[Any, tuple[int, ...]]
 
@@ -81,7 +78,6 @@ def copies(now: Layout, then: Layout) -> int:
     return sum(len(set(then[at]) - set(now[at])) for at in now)
 
 
-@untimed
 @given(layouts())
 def test_each_partition_keeps_its_number_of_replicas_on_brokers_that_stay(drawn: Any) -> None:
     rack, now = drawn
@@ -90,7 +86,6 @@ def test_each_partition_keeps_its_number_of_replicas_on_brokers_that_stay(drawn:
         assert set(replicas) <= set(rack)
 
 
-@untimed
 @given(layouts())
 def test_replicas_stand_in_as_many_racks_as_they_can(drawn: Any) -> None:
     rack, now = drawn
@@ -99,35 +94,30 @@ def test_replicas_stand_in_as_many_racks_as_they_can(drawn: Any) -> None:
         assert len(racks_of(rack, replicas)) == min(len(replicas), there_are)
 
 
-@untimed
 @given(layouts())
 def test_a_plan_for_the_result_is_empty(drawn: Any) -> None:
     rack, now = drawn
     assert plan_layout(rack, result_of(rack, now)) == {}
 
 
-@untimed
 @given(layouts())
 def test_a_plan_names_only_what_changes(drawn: Any) -> None:
     rack, now = drawn
     assert all(now[at] != replicas for at, replicas in plan_layout(rack, now).items())
 
 
-@untimed
 @given(layouts(racks=False))
 def test_without_racks_brokers_keep_the_same_number_but_for_one(drawn: Any) -> None:
     rack, now = drawn
     assert spread(kept(result_of(rack, now)), rack) <= 1
 
 
-@untimed
 @given(layouts(racks=False, one_factor=True))
 def test_leaders_too_where_all_topics_have_the_same_number_of_replicas(drawn: Any) -> None:
     rack, now = drawn
     assert spread(led(result_of(rack, now)), rack) <= 1
 
 
-@untimed
 @given(st.integers(1, 3), st.data())
 def test_racks_of_the_same_size_are_as_even(size: int, data: st.DataObject) -> None:
     rack = {broker: "abc"[broker % 3] for broker in range(3 * size)}
@@ -140,7 +130,6 @@ def test_racks_of_the_same_size_are_as_even(size: int, data: st.DataObject) -> N
     assert spread(led(then), rack) <= 1
 
 
-@untimed
 @given(layouts(racks=False, leaving=0))
 def test_without_racks_no_plan_moves_less(drawn: Any) -> None:
     """Who has most now keeps the larger share; all above its share has to go somewhere."""
@@ -152,7 +141,6 @@ def test_without_racks_no_plan_moves_less(drawn: Any) -> None:
     assert copies(now, result_of(rack, now)) == needed
 
 
-@untimed
 @given(layouts(), st.data())
 def test_a_topic_gets_the_number_of_replicas_that_it_shall_have(
     drawn: Any, data: st.DataObject
