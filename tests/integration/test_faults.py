@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 
 import pytest
 
 from iot_lab.processes import Pipeline, Process, wait_for
+from iot_pipeline.errors import SinkUnavailable
+from iot_pipeline.kafka import Sender
+from iot_pipeline.settings import ProduceSettings, load
 
 
 def count_produced(pipeline: Pipeline) -> int:
@@ -55,3 +60,34 @@ def test_two_inference_workers_share_the_work_and_one_may_leave(
     wait_for(lambda: count_produced(pipeline) > images + 20, "images after it left", 60)
     assert producer.stop() == 0
     assert_clean(pipeline, count_produced(pipeline))
+
+
+@pytest.mark.timeout(300)
+def test_a_record_that_was_given_up_is_taken_later(pipeline: Pipeline) -> None:
+    flags = {"bootstrap_servers": pipeline.broker.bootstrap_servers, "source": "sample"}
+    sender = Sender(load(ProduceSettings, flags, {}))
+    records = [(str(number).encode(), b"{}") for number in range(20)]
+
+    def deliver() -> None:
+        for key, value in records:
+            sender.send(pipeline.image_topic, key, value)
+        sender.confirm(lambda: None)
+
+    def delivered() -> bool:
+        try:
+            deliver()
+        except SinkUnavailable:
+            return False
+        return True
+
+    deliver()
+    broker = pipeline.broker.pid
+    assert broker
+    os.kill(broker, signal.SIGSTOP)
+    try:
+        with pytest.raises(SinkUnavailable):
+            deliver()
+    finally:
+        os.kill(broker, signal.SIGCONT)
+    wait_for(delivered, "the broker to take them", 120)
+    sender.close()
