@@ -458,11 +458,7 @@ class Sender:
                 if not future.is_done or future.exception is not None:
                     self._wait(future, deadline, alive)
             except KafkaError as error:
-                # Nor does a client always recover that gave a record up: it may send to that
-                # partition no more, and never say so.
-                gave_up = isinstance(error, KafkaTimeoutError)
-                self._spoiled |= gave_up or not isinstance(error, RetriableError)
-                failures.append(self._explain(error, topic))
+                self._note(error, topic, failures)
             except BaseException:
                 self._give_up()
                 raise
@@ -475,6 +471,16 @@ class Sender:
             for failure in failures:
                 if isinstance(failure, kind):
                     raise failure
+
+    def _note(self, error: KafkaError, topic: str, failures: list[Exception]) -> None:
+        """Add what a record was not taken for to the failures, and judge the client by it."""
+        # A client that gave a record up may send to that partition no more, and never say so.
+        gave_up = isinstance(error, KafkaTimeoutError)
+        self._spoiled |= gave_up or not isinstance(error, RetriableError)
+        # To explain it asks the brokers, which takes seconds where none answers. What was told of
+        # the first one holds for the others.
+        if not (failures and gave_up):
+            failures.append(self._explain(error, topic))
 
     @staticmethod
     def _wait(future: Any, deadline: float, alive: Callable[[], None]) -> None:
