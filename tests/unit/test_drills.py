@@ -84,6 +84,13 @@ def test_hosts_are_hit_in_turn_or_together() -> None:
     assert list(drill.Step("play", {}).rounds(LAB)) == [[]]
 
 
+def test_a_busy_machine_is_judged_by_the_audit_alone() -> None:
+    step = drill.Step("stop", "x", health=["broker-lost"], back_within=1, no_failures=True)
+    kept = drill.Step("stop", "x", unsaid="refused", sends_dead_letters=3)
+    found = drill.judged_by_the_audit(drill.Drill("x", "x", [step, kept]))
+    assert found.steps == [drill.Step("stop", "x"), kept]
+
+
 def test_what_a_topology_lacks_is_said() -> None:
     assert not drill.Drill("x", "x", [], needs={"kafka_brokers": 2}).lacks(LAB)
     assert "3 hosts in kafka_brokers" in drill.Drill(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,12 @@ class Drill:
             if found < least:
                 return f"it needs {least} hosts in {group}, and there are {found}"
         return ""
+
+
+def judged_by_the_audit(drill: Drill) -> Drill:
+    """Return a drill without what a busy machine may miss: times, writes, answers of health."""
+    steps = [replace(s, health=(), back_within=None, no_failures=False) for s in drill.steps]
+    return replace(drill, steps=steps)
 
 
 def names() -> list[str]:
