@@ -152,10 +152,16 @@ def test_a_replay_that_is_cut_off_and_done_again_leaves_nothing_out(
         stderr=subprocess.PIPE,
         text=True,
     ) as replay:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 120
+        # It stands still while we look, so that it is not done before it can be cut off.
+        replay.send_signal(signal.SIGSTOP)
         while sum(pipeline.broker.ends(pipeline.image_topic).values()) < 2 * BATCH_RECORDS:
             assert time.monotonic() < until, "nothing is replayed"
+            replay.send_signal(signal.SIGCONT)
+            time.sleep(0.1)
+            replay.send_signal(signal.SIGSTOP)
         replay.send_signal(cut)
+        replay.send_signal(signal.SIGCONT)
         _, said = replay.communicate(timeout=60)
     if cut == signal.SIGINT:
         assert (replay.returncode, "cut off: " in said) == (1, True), said
