@@ -135,6 +135,13 @@ def test_services_that_were_started_again_are_counted() -> None:
     assert watch.restarts() == 2
 
 
+def test_what_a_host_said_before_it_was_away_is_not_counted_again() -> None:
+    observer = Watch(LAB).stages["store"][0]
+    for out, failures, started in ((9, 4, 1), (9, 5, 1), (10, 5, 1), (2, 0, 2), (2, 1, 2)):
+        observer.hear({"out": out, "failures": failures, "started": started})
+    assert (len(observer.progress), observer.failures, len(observer.starts)) == (2, 2, 2)
+
+
 def test_the_page_has_a_line_for_each_blow(tmp_path: Path) -> None:
     audit = {"produced": 9, "missing": 1, "duplicated": 0, "dead_lettered": 0}
     row = {"what": "kill x", "hosts": "b1", "lasted": 0, "back": None, "health": ["broker-lost"]}

@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from iot_lab import hosts, paths, remote
+from iot_lab import hosts, paths, remote, report
 from iot_lab.drills.drill import FOLDER, Step
 from iot_lab.hosts import Machine
 from iot_lab.shell import LabError, engine
 
-RELEASE_PYTHON = "/opt/iot-pipeline/current/bin/python"
 GRACE = 120  # seconds after which a host undoes by itself what should have been undone
 VOLUME = "/run/iot-drill-volume"
 DATA = {"kafka.service": "/var/lib/kafka", "couchdb.service": "/var/lib/couchdb"}
@@ -227,7 +226,7 @@ def play(lab: Lab, machines: Sequence[Machine], step: Step) -> Iterator[None]:
 def send(lab: Lab, machines: Sequence[Machine], step: Step) -> Iterator[None]:
     """Run a script of tests/drills/on_host with the apps' Python, as root."""
     script = (FOLDER / "on_host" / step.argument["script"]).read_text()
-    words = ["sudo", RELEASE_PYTHON, "-", *map(str, step.argument.get("arguments", []))]
+    words = ["sudo", report.RELEASE_PYTHON, "-", *map(str, step.argument.get("arguments", []))]
     for machine in machines:
         done = remote.run(machine, shlex.join(words), script=script, timeout=900)
         if done.returncode:

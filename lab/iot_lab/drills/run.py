@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -94,8 +94,6 @@ def run(lab: faults.Lab, drill: Drill) -> Outcome:
     if expected_letters:
         words = "sudo iot-pipeline dead-letters drop --since 2h --yes"
         remote.run(lab.named(["storage_nodes"])[0], words, timeout=300)
-    if not all(step.health == () for step in drill.steps):
-        _until_whole(lab, "after the drill")
     return Outcome(drill.name, drill.summary, lab.topology, rows, after, failures, restarts, wrong)
 
 
@@ -119,8 +117,7 @@ def _do(lab: faults.Lab, watch: Watch, step: Step, hit: Sequence[Machine]) -> Ro
             _until_whole(lab, "on the small disk")
             _until_steady(watch, time.monotonic())
         began = time.monotonic()
-        with ExitStack() as fault:
-            fault.enter_context(faults.FAULTS[step.action](lab, hit, step))
+        with faults.FAULTS[step.action](lab, hit, step):
             if step.health:
                 # What lasts is seen after the brokers and groups have noticed.
                 time.sleep(min(step.seconds / 3, 30))

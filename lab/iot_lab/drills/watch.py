@@ -39,7 +39,17 @@ class Observer:
     progress: list[float] = field(default_factory=list)  # when results were confirmed
     failures: float = 0  # writes that a sink refused or missed
     starts: set[float] = field(default_factory=set)  # of its process
-    answers: int = 0
+    last: dict[str, float] | None = None  # what it said when it was last seen
+
+    def hear(self, seen: dict[str, float]) -> None:
+        """Take in what watch.py of tests/drills/on_host has printed."""
+        self.starts.add(seen["started"])
+        if self.last:
+            # A process that was restarted counts from nothing again.
+            if seen["out"] != self.last["out"]:
+                self.progress.append(time.monotonic())
+            self.failures += max(0.0, seen["failures"] - self.last["failures"])
+        self.last = seen
 
     def follow(self, ended: threading.Event) -> None:
         """Watch until the end, through restarts and outages of the host."""
@@ -59,18 +69,10 @@ class Observer:
             try:
                 process.stdin.write(script)
                 process.stdin.close()
-                out = failed = 0.0
                 for line in process.stdout:
                     if ended.is_set():
                         break
-                    seen = json.loads(line)
-                    self.answers += 1
-                    self.starts.add(seen["started"])
-                    # A process that was restarted counts from nothing again.
-                    if seen["out"] != out and self.answers > 1:
-                        self.progress.append(time.monotonic())
-                    self.failures += max(0.0, seen["failures"] - failed) if self.answers > 1 else 0
-                    out, failed = seen["out"], seen["failures"]
+                    self.hear(json.loads(line))
             except (OSError, ValueError):
                 pass
             finally:
@@ -159,14 +161,12 @@ def load(machines: Sequence[Machine], rate: float) -> Iterator[None]:
         printf '[Service]\\nEnvironmentFile=-/run/iot-drill.env\\n' > {DROP_IN}
         systemctl daemon-reload
         systemctl restart iot-producer
-        systemctl stop iot-drill-load.timer 2>/dev/null
+        systemctl stop iot-drill-load.timer 2>/dev/null || true
         systemd-run --quiet --on-active={LONGEST} --unit=iot-drill-load sh -c '{undo}'
     """
     try:
         for machine in producers:
-            done = remote.run(
-                machine, "sudo sh -e", script=begin.replace("2>/dev/null", "2>/dev/null || true")
-            )
+            done = remote.run(machine, "sudo sh -e", script=begin)
             if done.returncode:
                 raise LabError(f"{machine.name}: {done.stderr.strip()}")
         yield
