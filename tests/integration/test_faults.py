@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+from kafka.future import Future
+from kafka.protocol.metadata import MetadataRequest
 
 from iot_lab.processes import Pipeline, Process, wait_for
 from iot_pipeline.errors import SinkUnavailable
@@ -86,4 +89,29 @@ def test_a_client_that_gave_a_record_up_is_replaced(pipeline: Pipeline) -> None:
         os.kill(broker, signal.SIGCONT)
     wait_for(delivered, "the broker to take it", 60)
     assert sender._producer is not first
+    sender.close()
+
+
+@pytest.mark.timeout(120)
+def test_a_client_asks_for_the_brokers_again_whatever_went_wrong(pipeline: Pipeline) -> None:
+    # A broker that was killed within the handshake left producers with the leaders of before.
+    flags = {"bootstrap_servers": pipeline.broker.bootstrap_servers, "source": "sample"}
+    sender = Sender(load(ProduceSettings, flags, {}))
+    sender.send(pipeline.image_topic, b"key", b"{}")
+    sender.confirm(lambda: None)
+    metadata = sender._producer._metadata
+    manager, send, refused = metadata._manager, metadata._manager.send, []
+
+    def refuse_once(request: Any, *arguments: Any, **options: Any) -> Any:
+        if isinstance(request, MetadataRequest) and not refused:
+            refused.append(request)
+            return Future().failure(ConnectionResetError(104, "Connection reset by peer"))
+        return send(request, *arguments, **options)
+
+    manager.send = refuse_once
+    metadata.request_update()
+    wait_for(lambda: refused, "the client to ask", 30)
+    asked = metadata._last_successful_refresh_ms
+    metadata.request_update()
+    wait_for(lambda: metadata._last_successful_refresh_ms > asked, "it to ask again", 30)
     sender.close()

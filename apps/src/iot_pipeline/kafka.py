@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from kafka import KafkaConsumer, KafkaProducer
+from kafka.cluster import ClusterMetadata
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.errors import (
     AuthorizationError,
@@ -54,6 +55,25 @@ PARTITION_FETCH_BYTES = 1024 * 1024
 REQUEST_OVERHEAD_BYTES = 131_072
 
 ClientT = TypeVar("ClientT")
+
+_refresh_loop = ClusterMetadata._refresh_loop  # noqa: SLF001 - nothing public keeps it alive
+
+
+async def _refresh_for_ever(metadata: Any) -> None:
+    """Keep a client's knowledge of the brokers fresh, whatever goes wrong meanwhile.
+
+    kafka-python 3.0.12 ends this loop at the first error that is none of its own, such as a broker
+    that is killed within the handshake. The client then sends to leaders of before for good.
+    """
+    while not metadata.closed:
+        try:
+            await _refresh_loop(metadata)
+        except Exception as error:  # noqa: BLE001 - it must not end
+            log.warning("asking for the brokers again", error=error)
+            await metadata._wakeup(metadata.refresh_backoff() / 1000)  # noqa: SLF001
+
+
+ClusterMetadata._refresh_loop = _refresh_for_ever  # noqa: SLF001
 
 
 class Backoff:
