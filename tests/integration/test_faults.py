@@ -100,7 +100,8 @@ def test_a_client_asks_for_the_brokers_again_whatever_went_wrong(pipeline: Pipel
     sender.send(pipeline.image_topic, b"key", b"{}")
     sender.confirm(lambda: None)
     metadata = sender._producer._metadata
-    manager, send, refused = metadata._manager, metadata._manager.send, []
+    manager, send = metadata._manager, metadata._manager.send
+    refused: list[MetadataRequest] = []
 
     def refuse_once(request: Any, *arguments: Any, **options: Any) -> Any:
         if isinstance(request, MetadataRequest) and not refused:
