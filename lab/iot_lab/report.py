@@ -12,6 +12,7 @@ from typing import Any
 from iot_lab import remote
 from iot_lab.console import Colour, duration, paint, table
 from iot_lab.hosts import Machine
+from iot_lab.shell import LabError
 
 HERE = Path(__file__).parent
 RELEASE_PYTHON = "/opt/iot-pipeline/current/bin/python"
@@ -60,27 +61,41 @@ def look_at_hosts(machines: Sequence[Machine]) -> list[Host]:
 
 def look_at_pipeline(machines: Sequence[Machine]) -> Pipeline:
     """Ask a storage host for the topics and the audit."""
+    errors = []
+    found: list[Mapping[str, Any]] = []
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for asked in [pool.submit(look, machines) for look in (_topics, audit)]:
+            try:
+                found.append(asked.result())
+            except LabError as error:
+                errors.append(str(error))
+                found.append({})
+    return Pipeline(topics=found[0], audit=found[1], errors=errors)
+
+
+def audit(machines: Sequence[Machine]) -> dict[str, Any]:
+    """Return what the audit finds. Raises LabError when it does not answer."""
+    return _ask_storage(machines, "audit", "sudo iot-pipeline audit --json")
+
+
+def _topics(machines: Sequence[Machine]) -> dict[str, Any]:
+    script = (HERE / "probe_topics.py").read_text()
+    return _ask_storage(machines, "topics", f"sudo {RELEASE_PYTHON} -", script)
+
+
+def _ask_storage(
+    machines: Sequence[Machine], what: str, words: str, script: str | None = None
+) -> dict[str, Any]:
     storage = auditor(machines)
     if storage is None:
-        return Pipeline(errors=["no host is in the group storage_nodes"])
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        topics = pool.submit(
-            remote.run,
-            storage,
-            f"sudo {RELEASE_PYTHON} -",
-            script=(HERE / "probe_topics.py").read_text(),
-        )
-        audit = pool.submit(remote.run, storage, "sudo iot-pipeline audit --json")
-    errors = []
-    found: list[Any] = []
-    for what, answer in (("topics", topics.result()), ("audit", audit.result())):
-        try:
-            found.append(json.loads(answer.stdout))
-        except ValueError:
-            said = answer.stderr.strip().splitlines() or ["no answer"]
-            errors.append(f"{what}: {said[-1]}")
-            found.append({})
-    return Pipeline(topics=found[0], audit=found[1], errors=errors)
+        raise LabError("no host is in the group storage_nodes")
+    done = remote.run(storage, words, script=script, timeout=300)
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout)
+    except ValueError as error:
+        said = done.stderr.strip().splitlines() or ["no answer"]
+        raise LabError(f"{what}: {said[-1]}") from error
+    return answer
 
 
 def auditor(machines: Sequence[Machine]) -> Machine | None:

@@ -19,7 +19,6 @@ from iot_lab import (
     machine,
     package_cache,
     paths,
-    remote,
     report,
     setup,
 )
@@ -211,15 +210,13 @@ def _run(command: list[str], options: Options, name: str, folder: Path = paths.R
 
 def _first_images(machines: list[hosts.Machine]) -> None:
     """Wait until images are stored with their predictions. The verification judges the rest."""
-    storage = report.auditor(machines)
-    if storage is None:
+    if report.auditor(machines) is None:
         return
     ends = time.monotonic() + FIRST_IMAGES_TIMEOUT
     shown = None
     while time.monotonic() < ends:
-        done = remote.run(storage, "sudo iot-pipeline audit --json")
-        with suppress(ValueError):
-            audit = json.loads(done.stdout)
+        with suppress(LabError):
+            audit = report.audit(machines)
             counts = f"{audit['produced']} produced, {audit['stored']} stored, "
             counts += f"{audit['predicted']} predicted"
             if counts != shown:

@@ -14,7 +14,7 @@ from iot_lab.hosts import Machine
 from iot_lab.shell import LabError
 
 FOLDER = paths.ROOT / "tests" / "drills"
-ACTIONS = ("kill", "stop", "freeze", "power_off", "cut_off", "fill", "play", "send")
+ACTIONS = ("kill", "stop", "freeze", "power_off", "cut_off", "fill", "play", "send", "rebuild")
 """What a step can do; faults.py says how, and docs/drills.md what each means."""
 
 
@@ -27,6 +27,7 @@ class Step:
     hosts: Sequence[str] = ()  # and groups
     together: bool = False  # all of them at once, instead of one after the other
     seconds: float = 0  # how long it lasts before it is undone
+    apart: float = 0  # seconds from one host's return to the next one's
     health: Sequence[str] = ()  # findings that health must name while it lasts
     back_within: float | None = None  # seconds after it ends until every stage works again
     no_failures: bool = False  # no write may fail, and no service may say an error meanwhile

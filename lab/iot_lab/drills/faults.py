@@ -18,12 +18,13 @@ from typing import Any
 from iot_lab import hosts, paths, remote, report
 from iot_lab.drills.drill import FOLDER, Step
 from iot_lab.hosts import Machine
-from iot_lab.shell import LabError, engine
+from iot_lab.shell import LabError, engine, shown
 
 GRACE = 120  # seconds after which a host undoes by itself what should have been undone
 VOLUME = "/run/iot-drill-volume"
 DATA = {"kafka.service": "/var/lib/kafka", "couchdb.service": "/var/lib/couchdb"}
 ROOM_MB = 48  # free on the small volume
+PATIENCE = 300.0  # seconds that the lab has to be whole again
 
 
 class Lab:
@@ -32,16 +33,22 @@ class Lab:
     def __init__(self, topology: str) -> None:
         self.topology = topology
         self.machines = hosts.machines(topology)
+        self.start_load: Callable[[], None] = lambda: None
+        """Have the producers send as fast as the drill wants it; hosts that are new do not."""
+        self.look()
+
+    def look(self) -> None:
+        """Find the hosts' containers. Raises LabError where one is missing."""
         self._containers = {
-            container.name.removeprefix(f"iot-{topology}-"): container
+            container.name.removeprefix(f"iot-{self.topology}-"): container
             for container in hosts.containers()
-            if container.is_ours() and container.topology == topology
+            if container.is_ours() and container.topology == self.topology
         }
         missing = {machine.name for machine in self.machines} - set(self._containers)
         if missing:
             raise LabError(
                 f"drills need a lab in containers, and {', '.join(sorted(missing))} is none of "
-                f"this checkout's: TOPOLOGY={topology} make lab"
+                f"this checkout's: TOPOLOGY={self.topology} make lab"
             )
 
     def container(self, machine: Machine) -> str:
@@ -116,7 +123,9 @@ def power_off(lab: Lab, machines: Sequence[Machine], step: Step) -> Iterator[Non
             engine("kill", "--signal=KILL", container)
         yield
     finally:
-        for machine, container in zip(machines, containers, strict=True):
+        for number, (machine, container) in enumerate(zip(machines, containers, strict=True)):
+            if number:
+                time.sleep(step.apart)
             # The engine takes a moment to notice that it is off.
             until = time.monotonic() + 20
             while engine("inspect", "--format={{.State.Running}}", container) == "true":
@@ -196,14 +205,25 @@ def play(lab: Lab, machines: Sequence[Machine], step: Step) -> Iterator[None]:
     """Run playbooks, with the variables and the additional inventory of the step."""
     argument: Mapping[str, Any] = step.argument
     extra = argument.get("inventory")
-    command = [
-        str(paths.TOOLS / "bin" / "ansible-playbook"),
-        *("--inventory", str(paths.INVENTORY / lab.topology)),
+    _playbooks(
+        lab,
         *(("--inventory", str(FOLDER / extra)) if extra else ()),
         *("--extra-vars", json.dumps(argument.get("variables", {}))),
         *(("--limit", argument["limit"]) if "limit" in argument else ()),
-        *(str(paths.ROOT / playbook) for playbook in argument["playbooks"]),
-    ]
+        *argument["playbooks"],
+    )
+    yield
+
+
+def _playbooks(lab: Lab, *words: str) -> None:
+    """Run playbooks, named from the repository's folder. Raises LabError when one fails."""
+    inventory = str(paths.INVENTORY / lab.topology)
+    files = (str(paths.ROOT / word) if word.endswith(".yml") else word for word in words)
+    _logged([str(paths.TOOLS / "bin" / "ansible-playbook"), "--inventory", inventory, *files])
+
+
+def _logged(command: Sequence[str]) -> None:
+    """Run a program, with what it says in a log. Raises LabError with its end when it fails."""
     log = paths.LOGS / "drill.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
@@ -218,7 +238,27 @@ def play(lab: Lab, machines: Sequence[Machine], step: Step) -> Iterator[None]:
         )
     if done.returncode:
         end = "\n".join(log.read_text().splitlines()[-30:])
-        raise LabError(f"{' '.join(argument['playbooks'])} failed:\n{end}")
+        raise LabError(f"{shlex.join(command)} failed; at the end of {shown(log)}:\n{end}")
+
+
+@contextmanager
+def rebuild(lab: Lab, machines: Sequence[Machine], step: Step) -> Iterator[None]:
+    """Back up, lose all hosts, build the lab anew, and restore.
+
+    The producers stop before the backup: what the brokers alone have is lost with them.
+    """
+    everywhere(lab.named(["producers"]), "systemctl stop iot-producer")
+    _until_all_is_stored(lab)
+    backups = paths.STATE / "drill" / "backups"
+    words = ("--extra-vars", json.dumps({"backup_dir": str(backups), "backup_keep": 1}))
+    _playbooks(lab, *words, "ansible/playbooks/backup.yml")
+    program = str(paths.ROOT / "lab" / "bin" / "lab")
+    _logged([program, "destroy"])
+    _logged([program, "up", "--topology", lab.topology])
+    lab.look()
+    newest = {"backup": str(max(backups.glob("*.zst"))), "restore_confirm": True}
+    _playbooks(lab, "--extra-vars", json.dumps(newest), "ansible/playbooks/restore.yml")
+    lab.start_load()
     yield
 
 
@@ -234,6 +274,18 @@ def send(lab: Lab, machines: Sequence[Machine], step: Step) -> Iterator[None]:
     yield
 
 
+def _until_all_is_stored(lab: Lab) -> None:
+    """Wait until nothing is on its way. Raises LabError when that takes too long."""
+    ends = time.monotonic() + PATIENCE
+    while True:
+        seen = report.audit(lab.machines)
+        if seen["stored"] == seen["predicted"] == seen["produced"]:
+            return
+        if time.monotonic() > ends:
+            raise LabError(f"not all is stored and predicted within {PATIENCE:.0f} s: {seen}")
+        time.sleep(1)
+
+
 Fault = Callable[[Lab, Sequence[Machine], Step], AbstractContextManager[None]]
 FAULTS: dict[str, Fault] = {
     "kill": kill,
@@ -244,6 +296,7 @@ FAULTS: dict[str, Fault] = {
     "fill": fill,
     "play": play,
     "send": send,
+    "rebuild": rebuild,
 }
 AROUND: dict[str, Fault] = {"fill": small_disk}
 """What a fault needs to be there before it begins, and until the hosts work again."""

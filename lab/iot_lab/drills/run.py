@@ -15,12 +15,12 @@ from iot_lab import paths, remote, report
 from iot_lab.console import say
 from iot_lab.drills import faults
 from iot_lab.drills.drill import Drill, Step
+from iot_lab.drills.faults import PATIENCE
 from iot_lab.drills.watch import STAGES, Watch, load
 from iot_lab.hosts import Machine
 from iot_lab.shell import LabError
 
 SETTLED = 10.0  # seconds of steady work, before anything is done and after
-PATIENCE = 300.0  # seconds that the lab has to be whole again
 # Findings that say nothing of whether the lab can take the next blow.
 HARMLESS = frozenset({"dead-letters", "consumer-lag", "audit-stale", "audit-missing"})
 
@@ -69,10 +69,10 @@ def run(lab: faults.Lab, drill: Drill) -> Outcome:
     """
     faults.undo_leftovers(lab)
     _until_whole(lab, "before the drill")
-    before = _audit(lab)
+    before = report.audit(lab.machines)
     watch = Watch(lab.machines)
     rows: list[Row] = []
-    with load(lab.machines, drill.rate), watch.running():
+    with load(lab.machines, drill.rate) as lab.start_load, watch.running():
         _until_steady(watch, time.monotonic())
         for step in drill.steps:
             for hit in step.rounds(lab.machines):
@@ -217,30 +217,20 @@ def _said(lab: faults.Lab, since: float, *which: str) -> int:
     return sum(not line.startswith("kafka.") for line in lines)
 
 
-def _audit(lab: faults.Lab) -> dict[str, Any]:
-    storage = report.auditor(lab.machines)
-    if storage is None:
-        raise LabError("no host of the inventory is in the group storage_nodes")
-    done = remote.run(storage, "sudo iot-pipeline audit --json", timeout=300)
-    try:
-        answer: dict[str, Any] = json.loads(done.stdout)
-    except ValueError as error:
-        raise LabError(f"audit: {done.stderr.strip()}") from error
-    return answer
-
-
 def _judge(
     lab: faults.Lab, before: dict[str, Any], letters: int
 ) -> tuple[dict[str, Any], list[str]]:
     """Audit until nothing is on its way. Returns what was added meanwhile, and what is wrong."""
     ends = time.monotonic() + PATIENCE
     while True:
-        now = _audit(lab)
+        now = report.audit(lab.machines)
         counted = ("produced", "stored", "predicted", "missing", "duplicated", "dead_lettered")
         added = {name: now[name] - before[name] for name in counted}
         wrong = [f"{added[name]} {name}" for name in ("missing", "duplicated") if added[name]]
         if added["dead_lettered"] != letters:
             wrong.append(f"{added['dead_lettered']} dead letters instead of {letters}")
+        if added["produced"] < 0:
+            wrong.append(f"{-added['produced']} images are known no more")
         if added["stored"] < added["produced"] or added["predicted"] < added["produced"]:
             wrong.append("not all that was produced is stored with its prediction")
         if not wrong or time.monotonic() > ends:

@@ -6,7 +6,7 @@ import json
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -147,10 +147,11 @@ def _between(observers: Sequence[Observer], since: float, until: float) -> list[
 
 
 @contextmanager
-def load(machines: Sequence[Machine], rate: float) -> Iterator[None]:
+def load(machines: Sequence[Machine], rate: float) -> Iterator[Callable[[], None]]:
     """Have the producers' own services send this many images a second as long as the body runs.
 
-    Raises LabError when one cannot be told.
+    Gives what tells them again, for hosts that are made anew meanwhile. Raises LabError when one
+    cannot be told.
     """
     producers = [machine for machine in machines if "producers" in machine.groups]
     interval = len(producers) / rate
@@ -164,12 +165,16 @@ def load(machines: Sequence[Machine], rate: float) -> Iterator[None]:
         systemctl stop iot-drill-load.timer 2>/dev/null || true
         systemd-run --quiet --on-active={LONGEST} --unit=iot-drill-load sh -c '{undo}'
     """
-    try:
+
+    def start() -> None:
         for machine in producers:
             done = remote.run(machine, "sudo sh -e", script=begin)
             if done.returncode:
                 raise LabError(f"{machine.name}: {done.stderr.strip()}")
-        yield
+
+    try:
+        start()
+        yield start
     finally:
         for machine in producers:
             remote.run(machine, "sudo sh", script=f"systemctl stop iot-drill-load.timer; {undo}")
