@@ -145,6 +145,7 @@ def test_what_a_host_said_before_it_was_away_is_not_counted_again() -> None:
 def test_the_page_has_a_line_for_each_blow(tmp_path: Path) -> None:
     audit = {"produced": 9, "missing": 1, "duplicated": 0, "dead_lettered": 0}
     row = {"what": "kill x", "hosts": "b1", "lasted": 0, "back": None, "health": ["broker-lost"]}
+    row["health_seconds"] = 7.2
     outcome = {
         "name": "kill",
         "summary": "All die",
@@ -162,7 +163,7 @@ def test_the_page_has_a_line_for_each_blow(tmp_path: Path) -> None:
     text = file.read_text()
     assert "1 missing" in text
     assert "**did not hold**" in text
-    assert text.count("| | kill x b1 | 0 | not | 1.2 | 1.2 | 1.2 | broker-lost |") == 1
+    assert text.count("| | kill x b1 | 0 | not | 1.2 | 1.2 | 1.2 | broker-lost (7 s) |") == 1
     assert "is old" not in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")

@@ -63,6 +63,7 @@ def render(known: Mapping[str, Any]) -> list[str]:
             back = "not" if row["back"] is None else f"{row['back']:.1f}"
             pauses = " | ".join(f"{row['pauses'].get(stage, 0):.1f}" for stage in STAGES)
             said = ", ".join(row["health"])
+            said += f" ({row['health_seconds']:.0f} s)" if said else ""
             blow = f"{row['what']} {row['hosts']}"
             lines.append(f"| | {blow} | {row['lasted']:.0f} | {back} | {pauses} | {said} |")
     return lines

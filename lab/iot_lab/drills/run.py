@@ -20,6 +20,7 @@ from iot_lab.drills.watch import STAGES, Watch, load
 from iot_lab.hosts import Machine
 from iot_lab.shell import LabError
 
+HEALTH_WITHIN = 15.0  # seconds in which health must answer, whatever does not
 SETTLED = 10.0  # seconds of steady work, before anything is done and after
 # Findings that say nothing of whether the lab can take the next blow.
 HARMLESS = frozenset({"dead-letters", "consumer-lag", "audit-stale", "audit-missing"})
@@ -128,6 +129,8 @@ def _do(lab: faults.Lab, watch: Watch, step: Step, hit: Sequence[Machine]) -> Ro
                 row.wrong += [
                     f"health did not name {n}" for n in step.health if n not in row.health
                 ]
+                if row.health_seconds > HEALTH_WITHIN:
+                    row.wrong.append(f"health took {row.health_seconds:.1f} s")
             time.sleep(max(0.0, began + step.seconds - time.monotonic()))
             ended = time.monotonic()
         row.lasted = ended - began
