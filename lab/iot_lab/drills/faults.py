@@ -133,6 +133,21 @@ def power_off(lab: Lab, machines: Sequence[Machine], step: Step) -> Iterator[Non
                     raise LabError(f"{machine.name} does not go off")
                 time.sleep(0.2)
             engine("start", container)
+        # A host forgets at its end how fast it was told to send.
+        producers = [machine for machine in machines if "producers" in machine.groups]
+        for machine in producers:
+            _until_reachable(machine)
+        if producers:
+            lab.start_load()
+
+
+def _until_reachable(machine: Machine) -> None:
+    """Wait until a host that was started answers. Raises LabError when it does not."""
+    until = time.monotonic() + 60
+    while remote.run(machine, "true").returncode:
+        if time.monotonic() > until:
+            raise LabError(f"{machine.name} does not come back")
+        time.sleep(0.5)
 
 
 def cut_off(lab: Lab, machines: Sequence[Machine], step: Step) -> AbstractContextManager[None]:
