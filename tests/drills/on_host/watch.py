@@ -1,4 +1,4 @@
-"""Prints, four times a second, what a service of this host has done: watch.py SERVICE
+"""Prints, twice a second, what a service of this host has done: watch.py SERVICE
 
 Each line is JSON: `out` results confirmed, `failures` writes refused or missed, `started` when the
 process began (seconds since 1970). Nothing is printed while the service does not answer.
@@ -11,7 +11,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-INTERVAL = 0.25  # seconds
+INTERVAL = 0.5  # seconds
 
 
 def total(text: str, name: str) -> float:
