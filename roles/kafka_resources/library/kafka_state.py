@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule, missing_required_lib
@@ -236,6 +237,12 @@ def quorum(answers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {"error": error, "voters": []}
 
 
+def ask_quorum(brokers: Brokers, servers: Iterable[str]) -> dict[str, Any]:
+    """Ask the brokers for the controllers."""
+    brokers.connect(servers)
+    return quorum(brokers.ask_all(quorum_request).values())
+
+
 def silence(voter: Mapping[str, Any], now: int) -> float | None:
     """Return the seconds since a voter last asked its leader, or None if it never has."""
     asked: int = voter["last_fetch_timestamp"]
@@ -379,7 +386,7 @@ def committed(answer: Mapping[str, Any]) -> dict[Partition, int]:
 
 
 class Cluster:
-    """What is asked of the brokers, in the order in which one answer needs the other."""
+    """What is asked of the brokers, in the order in which one answer needs another."""
 
     def __init__(self, brokers: Brokers, groups: Mapping[str, list[str]]) -> None:
         self._brokers = brokers
@@ -394,14 +401,7 @@ class Cluster:
         brokers = self._brokers
         metadata = next(iter(brokers.ask_all(metadata_request).values()), None)
         if metadata is None:
-            nobody = {"error": "no broker answers", "voters": []}
-            return {
-                "answers": brokers.problems,
-                "brokers": [],
-                "quorum": nobody,
-                "partitions": [],
-                "groups": [],
-            }
+            return {"answers": brokers.problems, "brokers": [], "partitions": [], "groups": []}
         self._servers = {
             node["node_id"]: f"{node['host']}:{node['port']}" for node in metadata["brokers"]
         }
@@ -419,15 +419,11 @@ class Cluster:
         self._begins = offsets(self._ask_leaders(self._leaders, EARLIEST))
         self._ends = offsets(self._ask_leaders(self._leaders, LATEST))
         groups = self._groups()
-        answers = dict(brokers.problems)
-        # The last question: a broker that waits in vain for the controllers does answer all others.
-        controllers = quorum(brokers.ask_all(quorum_request).values())
         return {
-            "answers": answers,
+            "answers": brokers.problems,
             "brokers": [
                 {"id": node["node_id"], "host": node["host"]} for node in metadata["brokers"]
             ],
-            "quorum": controllers,
             "partitions": [
                 {
                     "topic": topic["name"],
@@ -583,12 +579,13 @@ def main() -> None:
     groups = {group["name"]: group["topics"] for group in parameters["groups"]}
     try:
         client = Client(**{key: value for key, value in parameters["client"].items() if value})
-        brokers = Brokers(client, parameters["timeout"])
-        try:
+        # Apart: a broker that waits in vain for the controllers does answer all other questions.
+        brokers, others = (Brokers(client, parameters["timeout"]) for _ in range(2))
+        with closing(brokers), closing(others), ThreadPoolExecutor(max_workers=1) as pool:
+            asked = pool.submit(ask_quorum, others, servers)
             brokers.connect(servers)
             state = Cluster(brokers, groups).look()
-        finally:
-            brokers.close()
+            state["quorum"] = asked.result()
     except ValueError as error:
         module.fail_json(msg=f"The cluster at {', '.join(servers)} was not looked at: {error}")
     module.exit_json(changed=False, **state)
