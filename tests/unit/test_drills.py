@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from iot_lab import hosts
+from iot_lab import artifacts, hosts
 from iot_lab.drills import drill, faults, page
 from iot_lab.drills.watch import STAGES, Watch
 from iot_lab.hosts import Machine
@@ -31,6 +31,7 @@ LAB = [
 def test_a_drill_can_be_run_somewhere(name: str) -> None:
     found = drill.load(name)
     assert found.steps
+    assert set(found.artifacts) <= artifacts.ARTIFACTS.keys()
     able = [t for t in hosts.topologies() if not found.lacks(hosts.machines(t))]
     assert able, "no topology has what it needs"
     groups = {g for t in able for m in hosts.machines(t) for g in (m.name, *m.groups)}

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from iot_lab import hosts, paths
+from iot_lab import artifacts, hosts, paths
 from iot_lab.console import Colour, duration, paint, say, table
 from iot_lab.drills import drill as drills
 from iot_lab.drills import faults, page, run
@@ -80,8 +80,10 @@ def _run(options: argparse.Namespace) -> int:
             continue
         started = time.monotonic()
         try:
+            for name in drill.artifacts:
+                artifacts.ARTIFACTS[name]()
             outcome = run.run(lab, drill)
-        except LabError as error:
+        except (LabError, artifacts.ArtifactError) as error:
             say(f"    {paint('FAILED', Colour.BAD)}: {error}")
             failed.append(drill.name)
             continue

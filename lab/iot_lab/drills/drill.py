@@ -54,6 +54,7 @@ class Drill:
     short: bool = False  # one of those that the tests run
     rate: float = 50  # images per second meanwhile
     needs: Mapping[str, int] = field(default_factory=dict)  # group: how many hosts at least
+    artifacts: Sequence[str] = ()  # what the lab builds besides, as in `lab artifacts`
 
     def lacks(self, machines: Sequence[Machine]) -> str:
         """Say what a topology lacks for this drill, or nothing."""
