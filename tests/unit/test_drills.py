@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 
 import pytest
 import yaml
 
 from iot_lab import artifacts, hosts
-from iot_lab.drills import drill, faults, page
+from iot_lab.drills import drill, faults, page, run
 from iot_lab.drills.watch import STAGES, Watch
 from iot_lab.hosts import Machine
 from iot_lab.shell import LabError
@@ -141,6 +142,33 @@ def test_what_a_host_said_before_it_was_away_is_not_counted_again() -> None:
     for out, failures, started in ((9, 4, 1), (9, 5, 1), (10, 5, 1), (2, 0, 2), (2, 1, 2)):
         observer.hear({"out": out, "failures": failures, "started": started})
     assert (len(observer.progress), observer.failures, len(observer.starts)) == (2, 2, 2)
+
+
+COUNTS = ("produced", "stored", "predicted", "pending", "missing", "duplicated", "dead_lettered")
+BEFORE = dict.fromkeys(COUNTS, 0) | dict.fromkeys(COUNTS[:3], 50)
+
+
+@pytest.mark.parametrize(
+    "seen, letters, wrong",
+    [
+        ((90, 90, 90, 0, 0, 0, 0), 0, []),
+        # Refused as no images: stored, never predicted, and a dead letter for each.
+        ((90, 90, 87, 0, 0, 0, 3), 3, []),
+        ((90, 90, 87, 0, 0, 0, 3), 0, ["3 dead letters instead of 0"]),
+        ((90, 88, 87, 3, 0, 0, 0), 0, ["3 images are still on their way"]),
+        ((90, 88, 90, 0, 2, 1, 0), 0, ["2 missing", "1 duplicated"]),
+        ((40, 40, 40, 0, 0, 0, 0), 0, ["10 images are known no more"]),
+    ],
+)
+def test_the_audit_judges_what_was_added(
+    monkeypatch: pytest.MonkeyPatch, seen: tuple[int, ...], letters: int, wrong: list[str]
+) -> None:
+    monkeypatch.setattr("iot_lab.report.audit", lambda _: dict(zip(COUNTS, seen, strict=True)))
+    monkeypatch.setattr(run, "PATIENCE", 0)
+    lab = types.SimpleNamespace(machines=LAB)
+    added, found = run._judge(lab, BEFORE, letters)  # type: ignore[arg-type]
+    assert found == wrong
+    assert added["produced"] == seen[0] - 50
 
 
 def test_the_page_has_a_line_for_each_blow(tmp_path: Path) -> None:
