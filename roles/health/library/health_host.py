@@ -266,7 +266,7 @@ def ask_database(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
             ask_couchdb(parts, context, timeout, parameters["database_netrc"])
     except OSError as error:
         return {"url": url, "problem": explain(error)}
-    except (netrc.NetrcParseError, struct.error, ValueError) as error:
+    except (netrc.NetrcParseError, ValueError) as error:
         return {"url": url, "problem": str(error)}
     return {"url": url, "problem": ""}
 
@@ -287,14 +287,16 @@ def ask_couchdb(
 
 
 def ask_mongodb(parts: SplitResult, context: ssl.SSLContext | None, timeout: float) -> None:
-    """Send a `ping`, which needs no user. Raises OSError, struct.error and ValueError."""
+    """Send a `ping`, which needs no user. Raises OSError and ValueError."""
     host = parts.hostname or ""
     with socket.create_connection((host, parts.port or 27017), timeout) as plain:
         connection = context.wrap_socket(plain, server_hostname=host) if context else plain
         with connection, connection.makefile("rb") as stream:
             connection.sendall(PING)
-            (size,) = struct.unpack("<i", stream.read(4))
-            answer = stream.read(min(size - 4, 65536))
+            head = stream.read(4)
+            if len(head) < 4:
+                raise ValueError("it closes the connection")
+            answer = stream.read(min(struct.unpack("<i", head)[0] - 4, 65536))
     if MONGODB_OK not in answer:
         raise ValueError("it answers, and says that it is not well")
 
