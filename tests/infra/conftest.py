@@ -22,6 +22,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import testinfra
@@ -34,6 +35,7 @@ UNITS = {
     "kafka_controllers": "kafka",
     "kafka_brokers": "kafka",
     "couchdb_servers": "couchdb",
+    "mongodb_servers": "mongod",
     "producers": "iot-producer",
     "inference_nodes": "iot-inference",
     "storage_nodes": "iot-storage",
@@ -56,7 +58,6 @@ VARIABLES = (
     "couchdb_plain_port",
     "couchdb_port",
     "couchdb_tls",
-    "couchdb_url",
     "firewall_enabled",
     "firewall_rules",
     "firewall_ssh_sources",
@@ -69,6 +70,11 @@ VARIABLES = (
     "kafka_client_port",
     "kafka_controller_port",
     "kafka_resources_topics",
+    "mongodb_bind_address",
+    "mongodb_distribution",
+    "mongodb_port",
+    "mongodb_replica_set",
+    "mongodb_tls",
     "pipeline_dead_letter_topic",
     "pipeline_image_topic",
     "pipeline_prediction_topic",
@@ -79,6 +85,8 @@ VARIABLES = (
     "pki_dir",
     "pki_enabled",
     "pki_renew_before_days",
+    "store_has_users",
+    "store_url",
     "vm_memory_mb",
 )
 
@@ -88,6 +96,9 @@ SECRETS = (
     "couchdb_passwords",
     "kafka_admin_password",
     "kafka_passwords",
+    "mongodb_admin_password",
+    "mongodb_passwords",
+    "mongodb_replica_set_key",
     "pki_authority_key_passphrase",
 )
 
@@ -108,7 +119,7 @@ class Node:
 
 
 # What an inventory that does not say it gets from the role.
-DEFAULTS = {"kafka_broker_authentication": "scram"}
+DEFAULTS = {"kafka_broker_authentication": "scram", "store_has_users": True}
 
 
 def read_inventory(config: pytest.Config) -> dict[str, Node]:
@@ -321,6 +332,14 @@ def run_script() -> Script:
         return json.loads(done.stdout)
 
     return run
+
+
+@pytest.fixture
+def store(variables: dict[str, Any]) -> str:
+    """Which database it is, where it asks who one is."""
+    if not variables["store_has_users"]:
+        pytest.skip("the server that stands in for the database asks nobody who he is")
+    return str(urlsplit(variables["store_url"]).scheme)
 
 
 @pytest.fixture

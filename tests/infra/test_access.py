@@ -99,6 +99,8 @@ class Door:
     tls: bool
     # Whether it has something to tell to who is let in: a controller has not, to clients.
     tells: bool = True
+    # Whether it looks at a certificate that it does not want.
+    doubts: bool = False
 
 
 def doors(node: Any) -> list[Door]:
@@ -124,6 +126,11 @@ def doors(node: Any) -> list[Door]:
             # The official server cannot close it.
             port = known.get("couchdb_plain_port", 5984)
             found.append(Door(at, port, "http", "password", tls=False))
+    if "mongodb_servers" in node.groups:
+        at, tls = known["mongodb_bind_address"], known.get("mongodb_tls", False)
+        standin = known.get("mongodb_distribution") == "standin"
+        wants = "nothing" if standin else "password"
+        found.append(Door(at, known["mongodb_port"], "mongodb", wants, tls, doubts=not standin))
     return found
 
 
@@ -148,7 +155,8 @@ def welcome(door: Door, way: str) -> dict[str, bool]:
             "the host's own certificate": {"up", "use"},
         },
     }[door.wants].get(way, set())
-    if door.tls != (way != "plain text"):
+    doubtful = {"an expired certificate", "a certificate of another authority"}
+    if door.tls != (way != "plain text") or (door.doubts and way in doubtful):
         answered = set()
     return {"up": "up" in answered, "use": "use" in answered and door.tells}
 
@@ -363,6 +371,9 @@ def test_apps_may_do_at_kafka_what_they_need_and_nothing_else(
         here = {a for group, names in APPS.items() if group in node.groups for a in names}
         who = here if login == "mtls" else {name}
         granted = {line.format_map(topics) for one in who for line in MAY[one]}
+        if login == "mtls" and {"kafka_brokers", "kafka_controllers"} & set(node.groups):
+            # A host of the cluster may do everything.
+            granted = set(answer)
         assert answer == {what: "granted" if what in granted else "refused" for what in answer}, (
             name
         )

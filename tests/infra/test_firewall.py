@@ -12,7 +12,7 @@ from testinfra.host import Host
 TABLE = "nft list table inet iot_pipeline"
 
 # What listens anywhere in a topology, and some that nothing should open.
-PORTS = (22, 111, 2181, 3142, 4369, 5984, 6984, 7072, 9092, 9093, 9101, 9102, 9103)
+PORTS = (22, 111, 2181, 3142, 4369, 5984, 6984, 7072, 9092, 9093, 9101, 9102, 9103, 27017)
 
 
 def has_firewall(variables: dict[str, Any]) -> bool:

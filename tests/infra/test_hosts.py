@@ -49,6 +49,11 @@ def expected_sockets(groups: tuple[str, ...], variables: dict[str, Any]) -> set[
         if variables.get("couchdb_tls") and variables.get("couchdb_distribution") != "standin":
             # The official server cannot close it.
             expected.add((address, variables.get("couchdb_plain_port", 5984)))
+    if "mongodb_servers" in groups:
+        expected.add((variables["mongodb_bind_address"], variables["mongodb_port"]))
+        if variables.get("mongodb_distribution") != "standin":
+            # Over which its host reaches it.
+            expected.add(("127.0.0.1", variables["mongodb_port"]))
     for group, port in {"producers": 9101, "inference_nodes": 9102, "storage_nodes": 9103}.items():
         if group in groups:
             expected.add(("127.0.0.1", port))
@@ -76,7 +81,7 @@ def test_listens_where_it_should_and_nowhere_else(
     found = listening(host)
     assert expected <= {(address, port) for address, port, _ in found}
     # What only the host itself can reach is its own affair, but for our services.
-    ours = re.compile("java|beam|epmd|node|python|iot-pipeline")
+    ours = re.compile("java|beam|epmd|mongod|node|python|iot-pipeline")
     allowed = {variables.get("ansible_port", 22), *pytestconfig.getoption("also_listening")}
     assert {
         (address, port, program)

@@ -4,6 +4,7 @@ import base64
 import re
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from testinfra.host import Host
@@ -14,7 +15,8 @@ Place = tuple[str, str, str]
 
 EVERYONE = {"all"}
 BROKERS = {"kafka_brokers", "kafka_controllers"}
-DATABASE = {"couchdb_servers"}
+COUCHDB = {"couchdb_servers"}
+MONGODB = {"mongodb_servers"}
 APPS = {
     "iot-producer": "producers",
     "iot-inference": "inference_nodes",
@@ -32,6 +34,8 @@ LISTED = {"plain"}  # Brokers have the users' passwords in a file.
 KEY = "the host's key"
 JAAS: Place = ("/opt/kafka/config/jaas.conf", "root:kafka", "640")
 STANDIN_ADMIN: Place = ("/etc/couchdb/admin.password", "root:couchdb", "640")
+MONGODB_KEYSTORE: Place = ("/run/mongodb/server.pem", "mongodb:mongodb", "600")
+MONGODB_SET_KEY: Place = ("/etc/mongodb/replica-set.key", "mongodb:mongodb", "400")
 
 
 def of_app(file: str) -> Place:
@@ -54,24 +58,37 @@ HELD: tuple[tuple[str, set[str], set[str], Place], ...] = (
         for app, group in APPS.items()
     ),
     *((f"kafka_passwords.{app}", BROKERS, LISTED, JAAS) for app in APPS),
-    ("couchdb_passwords.iot-storage", {"storage_nodes"}, ANY, of_app("couchdb.password")),
-    ("couchdb_passwords.iot-audit", {"storage_nodes"}, ANY, of_app("couchdb-audit.password")),
-    ("couchdb_admin_password", DATABASE, ANY, ("/root/.netrc-couchdb", "root:root", "600")),
-    ("couchdb_admin_password", DATABASE, ANY, STANDIN_ADMIN),
+    # Those of the store that it is: {store} is couchdb or mongodb.
+    ("{store}_passwords.iot-storage", {"storage_nodes"}, ANY, of_app("store.password")),
+    ("{store}_passwords.iot-audit", {"storage_nodes"}, ANY, of_app("store-audit.password")),
+    ("couchdb_admin_password", COUCHDB, ANY, ("/root/.netrc-couchdb", "root:root", "600")),
+    ("couchdb_admin_password", COUCHDB, ANY, STANDIN_ADMIN),
+    (KEY, MONGODB, ANY, MONGODB_KEYSTORE),
+    ("mongodb_replica_set_key", MONGODB, ANY, MONGODB_SET_KEY),
 )
 
 
 def held(node: Any) -> dict[str, set[Place]]:
     """Where each secret must be on a host."""
-    groups = {*node.groups, "all"}
-    login = node.variables["kafka_broker_authentication"]
-    found: dict[str, set[Place]] = {name: set() for name, *_ in HELD}
-    for name, holders, logins, (path, *how) in HELD:
-        if groups & holders and login in logins:
-            found[name].add((path.replace("{pki}", folder(node)), *how))  # type: ignore[arg-type]
-    if node.variables.get("couchdb_distribution") != "standin":
-        found["couchdb_admin_password"].discard(STANDIN_ADMIN)
-    if not node.variables.get("pki_enabled"):
+    groups, known = {*node.groups, "all"}, node.variables
+    login = known["kafka_broker_authentication"]
+    store = urlsplit(known["store_url"]).scheme
+    absent = set()
+    if known.get("couchdb_distribution") != "standin":
+        absent.add(STANDIN_ADMIN)
+    if known.get("mongodb_distribution") == "standin" or not known.get("mongodb_tls"):
+        absent.add(MONGODB_KEYSTORE)
+    if not known.get("mongodb_replica_set"):
+        absent.add(MONGODB_SET_KEY)
+    if not known["store_has_users"]:
+        absent |= {of_app("store.password"), of_app("store-audit.password")}
+    found: dict[str, set[Place]] = {}
+    for name, holders, logins, place in HELD:
+        places = found.setdefault(name.replace("{store}", store), set())
+        if groups & holders and login in logins and place not in absent:
+            path, owner, mode = place
+            places.add((path.replace("{pki}", folder(node)), owner, mode))
+    if not known.get("pki_enabled"):
         del found[KEY]
     return found
 

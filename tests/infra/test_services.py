@@ -5,7 +5,7 @@ import re
 import pytest
 from testinfra.host import Host
 
-USERS = {"kafka": "kafka", "couchdb": "couchdb"}
+USERS = {"kafka": "kafka", "couchdb": "couchdb", "mongod": "mongodb"}
 
 
 def properties(host: Host, unit: str) -> dict[str, str]:

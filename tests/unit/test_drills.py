@@ -38,7 +38,8 @@ def test_a_drill_can_be_run_somewhere(name: str) -> None:
     groups = {g for t in able for m in hosts.machines(t) for g in (m.name, *m.groups)}
     for step in found.steps:
         assert set(step.hosts) <= groups
-        assert step.action == "play" or list(step.rounds(hosts.machines(able[0])))
+        # A step is none for a topology that has not its hosts.
+        assert step.action == "play" or any(list(step.rounds(hosts.machines(t))) for t in able)
         # What lasts says for how long, and what is named while it lasts has to last.
         if step.action in {"stop", "freeze", "power_off", "cut_off", "fill"}:
             assert step.seconds > 0

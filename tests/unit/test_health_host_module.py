@@ -5,6 +5,8 @@ import http.server
 import importlib.util
 import json
 import socket
+import socketserver
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,24 +177,58 @@ def test_what_the_last_audit_has_left(tmp_path: Path) -> None:
     assert health_host.last_audit(str(file)) == {"missing": 0}
 
 
-def database(url: str, folder: Path) -> dict[str, object]:
+def problem(url: str, folder: Path) -> str:
+    """What is wrong with a database."""
     netrc = folder / "netrc"
     netrc.write_text("machine 127.0.0.1 login admin password secret\n")
-    return {
+    parameters = {
         "database_url": url,
         "database_netrc": str(netrc),
         "database_ca": "",
         "timeout": 0.3,
     }
+    found = health_host.ask_database(parameters)
+    assert found["url"] == url
+    return str(found["problem"])
 
 
-def test_a_database(tmp_path: Path, metrics_port: int, silent_port: int) -> None:
-    def problem(url: str) -> str:
-        found = health_host.ask_database(database(url, tmp_path))
-        assert found["url"] == url
-        return str(found["problem"])
+def test_a_host_without_a_database() -> None:
+    assert health_host.ask_database({"database_url": "", "timeout": 1}) is None
 
-    assert problem(f"http://127.0.0.1:{metrics_port}/img_db") == ""
-    assert problem(f"http://127.0.0.1:{silent_port}/img_db") == "timed out"
-    assert problem("http://127.0.0.1:1/img_db") == "Connection refused"
-    assert health_host.ask_database(database("", tmp_path)) is None
+
+def test_couchdb(tmp_path: Path, metrics_port: int, silent_port: int) -> None:
+    assert problem(f"couchdb://127.0.0.1:{metrics_port}/img_db", tmp_path) == ""
+    assert problem(f"couchdb://127.0.0.1:{silent_port}/img_db", tmp_path) == "timed out"
+    assert problem("couchdb://127.0.0.1:1/img_db", tmp_path) == "Connection refused"
+
+
+class Ping(socketserver.BaseRequestHandler):
+    """Answers a ping of MongoDB's protocol, with what the server has as `ok`."""
+
+    def handle(self) -> None:
+        size, *_, operation = struct.unpack("<iiii", self.request.recv(16))
+        flags, kind, length = struct.unpack("<iBi", self.request.recv(9))
+        rest = self.request.recv(length - 4)
+        assert (operation, flags, kind, len(rest)) == (2013, 0, 0, size - 25)
+        assert rest.startswith(b"\x10ping\0\1\0\0\0")
+        body = b"\x01ok\0" + struct.pack("<d", self.server.ok)  # type: ignore[attr-defined]
+        message = bytes(5) + struct.pack("<i", len(body) + 5) + body + b"\0"
+        self.request.sendall(struct.pack("<iiii", len(message) + 16, 2, 1, 2013) + message)
+
+
+@pytest.mark.parametrize("ok, said", [(1.0, ""), (0.0, "it answers, and says that it is not well")])
+def test_mongodb_is_sent_a_ping(ok: float, said: str, tmp_path: Path) -> None:
+    with socketserver.TCPServer(("127.0.0.1", 0), Ping) as server:
+        server.ok = ok  # type: ignore[attr-defined]
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        url = f"mongodb://127.0.0.1:{server.server_address[1]}/kafka_db.image?retryWrites=false"
+        assert problem(url, tmp_path) == said
+        thread.join()
+
+
+def test_a_mongodb_that_does_not_answer(silent_port: int, tmp_path: Path) -> None:
+    url = f"mongodb://127.0.0.1:{silent_port}/kafka_db.image"
+    assert problem(url, tmp_path) == "timed out"
+    assert problem(f"{url}?tls=true", tmp_path) == "timed out"
+    assert problem("mongodb://127.0.0.1:1/kafka_db.image", tmp_path) == "Connection refused"

@@ -14,12 +14,20 @@ GROUPS = {
     "kafka_controllers": ["broker"],
     "kafka_brokers": ["broker"],
     "couchdb_servers": ["database"],
+    "mongodb_servers": ["documents"],
     "storage_nodes": ["storage-1", "storage-2"],
 }
 
 
 @pytest.mark.parametrize(
-    "failing,told", [("none", True), ("storage-2", True), ("database", False), ("broker", False)]
+    "failing,told",
+    [
+        ("none", True),
+        ("storage-2", True),
+        ("database", False),
+        ("documents", False),
+        ("broker", False),
+    ],
 )
 def test_apps_keep_both_passwords_where_a_server_could_not_be_changed(
     tmp_path: Path, failing: str, told: bool

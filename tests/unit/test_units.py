@@ -13,15 +13,26 @@ from ansible.plugins.filter.core import FilterModule
 
 ROLES = Path(__file__).parents[2] / "roles"
 
-# The unit of the official CouchDB package, which the role adds to.
-PACKAGE_UNIT = """\
+# The units of the official packages, which the roles add to.
+PACKAGE_UNITS = {
+    "couchdb": """\
 [Service]
 RuntimeDirectory=couchdb
 User=couchdb
 Group=couchdb
 ExecStart=/opt/couchdb/bin/couchdb
 Restart=always
-"""
+""",
+    "mongodb": """\
+[Service]
+User=mongodb
+Group=mongodb
+ExecStart=/usr/bin/mongod --config /etc/mongod.conf
+RuntimeDirectory=mongodb
+LimitNOFILE=64000
+TasksMax=infinity
+""",
+}
 
 pytestmark = pytest.mark.skipif(
     shutil.which("systemd-analyze") is None, reason="this machine has no systemd-analyze"
@@ -78,6 +89,8 @@ def analysis(unit: str, folder: Path, most: float) -> subprocess.CompletedProces
         (4.0, "couchdb", "couchdb.service.j2", {}),
         (4.0, "couchdb", "couchdb.service.j2", {"couchdb_tls": True}),
         (4.0, "couchdb", "hardening.conf.j2", {"couchdb_tls": True}),
+        (4.0, "mongodb", "mongod.service.j2", {"mongodb_tls": True}),
+        (4.0, "mongodb", "hardening.conf.j2", {"mongodb_tls": True}),
         (4.0, "firewall", "iot-firewall.service.j2", {}),
     ],
 )
@@ -86,10 +99,10 @@ def test_services_are_confined(
 ) -> None:
     unit = rendered(role, template, **variables)
     if template.endswith(".conf.j2"):
-        unit = PACKAGE_UNIT + unit
+        unit = PACKAGE_UNITS[role] + unit
     found = analysis(unit, tmp_path, most)
     assert found.returncode == 0, found.stdout + found.stderr
 
 
 def test_a_service_that_is_not_confined_is_told(tmp_path: Path) -> None:
-    assert analysis(PACKAGE_UNIT, tmp_path, 4.0).returncode == 1
+    assert analysis(PACKAGE_UNITS["couchdb"], tmp_path, 4.0).returncode == 1

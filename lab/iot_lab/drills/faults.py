@@ -22,7 +22,11 @@ from iot_lab.shell import LabError, engine, shown
 
 GRACE = 120  # seconds after which a host undoes by itself what should have been undone
 VOLUME = "/run/iot-drill-volume"
-DATA = {"kafka.service": "/var/lib/kafka", "couchdb.service": "/var/lib/couchdb"}
+DATA = {
+    "kafka.service": "/var/lib/kafka",
+    "couchdb.service": "/var/lib/couchdb",
+    "mongod.service": "/var/lib/mongodb",
+}
 ROOM_MB = 48  # free on the small volume
 PATIENCE = 300.0  # seconds that the lab has to be whole again
 

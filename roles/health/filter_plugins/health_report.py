@@ -26,7 +26,7 @@ HINTS = {
     "quorum-lag": "on {host}: is its disk or its network slow? journalctl -u kafka -n 50",
     "group-stalled": "on its hosts: systemctl status {group}; journalctl -u {group} -n 50",
     "consumer-lag": "it catches up, or the stage needs another host; see Lag",
-    "database-down": "on {host}: systemctl status couchdb; df -h; what waits for it loses nothing",
+    "database-down": "on its host: systemctl status couchdb mongod; df -h; nothing is lost",
     "disk-full": "on {host}: du -xh --max-depth=2 {folder} | sort -h | tail",
     "certificate-expires": "run playbooks/pki.yml, then playbooks/kafka.yml",
     "audit-missing": "on {host}: sudo iot-pipeline audit",

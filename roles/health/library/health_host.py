@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import ssl
+import struct
 import subprocess
 import time
 import urllib.request
@@ -18,7 +19,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -51,11 +52,13 @@ options:
     elements: str
     default: []
   database_url:
-    description: URL of a CouchDB database that this host has. Empty where it has none.
+    description: URL of the database that this host has, C(couchdb://HOST:PORT/DATABASE) or
+      C(mongodb://HOST:PORT/DATABASE.COLLECTION), with C(?tls=true) where it speaks TLS. Empty where
+      it has none.
     type: str
     default: ""
   database_netrc:
-    description: File with the database's user and password.
+    description: File with CouchDB's user and password.
     type: path
     default: ""
   database_ca:
@@ -121,6 +124,12 @@ PROPERTIES = ("Id", "ActiveState", "SubState", "StateChangeTimestampMonotonic", 
 # Those that tell of an outage, of all that a service shows.
 METRICS = ("iot_sink_up", "iot_oldest_unhandled_seconds")
 METRIC = re.compile(rf"^({'|'.join(METRICS)}) (\S+)$", re.MULTILINE)
+# MongoDB's wire protocol: an OP_MSG with one document, {ping: 1, $db: "admin"} in BSON. Its answer
+# has a field `ok`, of 1.0.
+DOCUMENT = b"\x10ping\0" + struct.pack("<i", 1) + b"\x02$db\0" + struct.pack("<i", 6) + b"admin\0"
+MESSAGE = bytes(5) + struct.pack("<i", len(DOCUMENT) + 5) + DOCUMENT + b"\0"
+PING = struct.pack("<iiii", len(MESSAGE) + 16, 1, 0, 2013) + MESSAGE
+MONGODB_OK = b"\x01ok\0" + struct.pack("<d", 1)
 PEM = re.compile(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
 
 
@@ -240,28 +249,56 @@ def knock(server: str, timeout: float) -> str:
 
 
 def ask_database(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Tell whether the database answers, as an operator would ask."""
+    """Tell whether the database answers: CouchDB as an operator asks, MongoDB as anybody may."""
     url, timeout = parameters["database_url"], parameters["timeout"]
     if not url:
         return None
+    parts = urlsplit(url)
     try:
-        login = netrc.netrc(parameters["database_netrc"]).authenticators(
-            urlsplit(url).hostname or ""
-        )
-        user, _, password = login or ("", "", "")
-        word = base64.b64encode(f"{user}:{password}".encode()).decode()
-        request = urllib.request.Request(  # noqa: S310 - the inventory says how
-            url, headers={"Authorization": f"Basic {word}"}
-        )
         context = (
             ssl.create_default_context(cafile=parameters["database_ca"] or None)
-            if url.startswith("https:")
+            if parse_qs(parts.query).get("tls") == ["true"]
             else None
         )
-        with urllib.request.urlopen(request, timeout=timeout, context=context):  # noqa: S310
-            return {"url": url, "problem": ""}
-    except (OSError, netrc.NetrcParseError) as error:
-        return {"url": url, "problem": explain(error) if isinstance(error, OSError) else str(error)}
+        if parts.scheme == "mongodb":
+            ask_mongodb(parts, context, timeout)
+        else:
+            ask_couchdb(parts, context, timeout, parameters["database_netrc"])
+    except OSError as error:
+        return {"url": url, "problem": explain(error)}
+    except (netrc.NetrcParseError, ValueError) as error:
+        return {"url": url, "problem": str(error)}
+    return {"url": url, "problem": ""}
+
+
+def ask_couchdb(
+    parts: SplitResult, context: ssl.SSLContext | None, timeout: float, file: str
+) -> None:
+    """Ask for the database. Raises OSError and NetrcParseError."""
+    login = netrc.netrc(file).authenticators(parts.hostname or "")
+    user, _, password = login or ("", "", "")
+    word = base64.b64encode(f"{user}:{password}".encode()).decode()
+    scheme, port = ("https", 6984) if context else ("http", 5984)
+    server = parts.netloc if parts.port else f"{parts.netloc}:{port}"
+    request = urllib.request.Request(  # noqa: S310 - one of these two
+        f"{scheme}://{server}{parts.path}", headers={"Authorization": f"Basic {word}"}
+    )
+    urllib.request.urlopen(request, timeout=timeout, context=context).close()  # noqa: S310
+
+
+def ask_mongodb(parts: SplitResult, context: ssl.SSLContext | None, timeout: float) -> None:
+    """Send a `ping`, which needs no user. Raises OSError and ValueError."""
+    host = parts.hostname or ""
+    with socket.create_connection((host, parts.port or 27017), timeout) as plain:
+        connection = context.wrap_socket(plain, server_hostname=host) if context else plain
+        with connection, connection.makefile("rb") as stream:
+            connection.sendall(PING)
+            head = stream.read(4)
+            if len(head) < 4:
+                raise ValueError("it closes the connection")
+            answer = stream.read(min(struct.unpack("<i", head)[0] - 4, 65536))
+    if MONGODB_OK not in answer:
+        raise ValueError("it answers, and says that it is not well")
 
 
 def last_audit(file: str) -> dict[str, Any] | None:

@@ -38,9 +38,23 @@ def http(connection: socket.socket, path: str) -> bytes:
     return answer if answer.split(b" ", 2)[:2] == [b"HTTP/1.1", b"200"] else b""
 
 
+def mongodb(connection: socket.socket, command: bytes) -> bool:
+    """Whether it does a command of the database `admin`: an OP_MSG with one document, in BSON."""
+    fields = (
+        b"\x10" + command + struct.pack("<xi", 1) + b"\x02$db\0" + struct.pack("<i", 6) + b"admin\0"
+    )
+    message = bytes(5) + struct.pack("<i", len(fields) + 5) + fields + b"\0"
+    connection.sendall(struct.pack("<iiii", len(message) + 16, REQUEST, 0, 2013) + message)
+    with connection.makefile("rb") as stream:
+        (size,) = struct.unpack("<i", stream.read(4))
+        return b"\x01ok\0" + struct.pack("<d", 1) in stream.read(size - 4)
+
+
 def ask(connection: socket.socket, speaks: str, question: str, topic: str) -> bool:
     if speaks == "http":
         return bool(http(connection, {"up": "/_up", "use": "/_all_dbs"}[question]))
+    if speaks == "mongodb":
+        return mongodb(connection, {"up": b"ping", "use": b"listDatabases"}[question])
     if question == "up":  # ApiVersions
         return bool(kafka(connection, struct.pack(">hhih", 18, 0, REQUEST, -1)))
     # Metadata of all topics: one sees those with which one has any business.
