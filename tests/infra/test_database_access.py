@@ -85,10 +85,10 @@ def test_storage_writes_and_the_audit_does_not(
 def test_no_app_is_the_admin(host: Host) -> None:
     """Its password is looked for in test_secrets.py."""
     users = host.check_output(
-        "grep --no-filename ^IOT_COUCHDB_USER= /etc/iot-pipeline/iot-storage.env "
+        "grep --no-filename ^IOT_STORE_USER= /etc/iot-pipeline/iot-storage.env "
         "/etc/iot-pipeline/iot-audit.env"
     )
     assert users.replace('"', "").splitlines() == [
-        "IOT_COUCHDB_USER=iot-storage",
-        "IOT_COUCHDB_USER=iot-audit",
+        "IOT_STORE_USER=iot-storage",
+        "IOT_STORE_USER=iot-audit",
     ]

@@ -54,8 +54,8 @@ HELD: tuple[tuple[str, set[str], set[str], Place], ...] = (
         for app, group in APPS.items()
     ),
     *((f"kafka_passwords.{app}", BROKERS, LISTED, JAAS) for app in APPS),
-    ("couchdb_passwords.iot-storage", {"storage_nodes"}, ANY, of_app("couchdb.password")),
-    ("couchdb_passwords.iot-audit", {"storage_nodes"}, ANY, of_app("couchdb-audit.password")),
+    ("couchdb_passwords.iot-storage", {"storage_nodes"}, ANY, of_app("store.password")),
+    ("couchdb_passwords.iot-audit", {"storage_nodes"}, ANY, of_app("store-audit.password")),
     ("couchdb_admin_password", DATABASE, ANY, ("/root/.netrc-couchdb", "root:root", "600")),
     ("couchdb_admin_password", DATABASE, ANY, STANDIN_ADMIN),
 )

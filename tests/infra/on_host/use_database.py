@@ -13,37 +13,35 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from iot_pipeline.access import Tls
-from iot_pipeline.settings import AuditSettings, CouchSettings, StoreSettings, load
+from iot_pipeline.settings import AuditSettings, DatabaseSettings, StoreSettings, load
 
-APPS: dict[str, type[CouchSettings]] = {"iot-storage": StoreSettings, "iot-audit": AuditSettings}
+APPS: dict[str, type[DatabaseSettings]] = {"iot-storage": StoreSettings, "iot-audit": AuditSettings}
 
 
-def headers(who: str, settings: CouchSettings) -> dict[str, str]:
+def headers(who: str, settings: DatabaseSettings) -> dict[str, str]:
     found = {"Content-Type": "application/json", "Accept": "application/json"}
     app, _, wrong = who.partition("'s ")
     if app in APPS:
         password = (
-            "made-up" if wrong else Path(settings.couchdb_password_file).read_text().splitlines()[0]
+            "made-up" if wrong else Path(settings.store_password_file).read_text().splitlines()[0]
         )
-        login = f"{settings.couchdb_user}:{password}".encode()
+        login = f"{settings.store_user}:{password}".encode()
         found["Authorization"] = f"Basic {base64.b64encode(login).decode()}"
     return found
 
 
 def send(who: str, method: str, path: str, body: Any = None) -> tuple[int, Any]:
     settings = load(APPS.get(who.partition("'s ")[0], AuditSettings))
-    server = urlsplit(settings.couchdb_url)
-    assert server.hostname
-    if server.scheme == "https":
-        context = Tls(settings.couchdb_ca_file).context()
+    address = settings.store_address
+    if address.tls:
+        context = Tls(settings.store_ca_file).context()
         connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-            server.hostname, server.port, timeout=10, context=context
+            address.place, timeout=10, context=context
         )
     else:
-        connection = http.client.HTTPConnection(server.hostname, server.port, timeout=10)
+        connection = http.client.HTTPConnection(address.place, timeout=10)
     sent = None if body is None else json.dumps(body)
     connection.request(method, path, sent, headers(who, settings))
     answer = connection.getresponse()
