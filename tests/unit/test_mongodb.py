@@ -45,6 +45,7 @@ class Server(socketserver.ThreadingTCPServer):
             "find": [{"cursor": {"firstBatch": [], "id": 0, "ns": "kafka_db.image"}}],
             "insert": [{"n": 1}],
             "update": [{"n": 1, "nModified": 1}],
+            "ping": [{}],
             "endSessions": [{}],
         }
         self.passwords: tuple[str, ...] = ()

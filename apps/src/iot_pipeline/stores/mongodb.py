@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import bson
+import pymongo
 from bson import json_util
 from bson.codec_options import CodecOptions, DatetimeConversion
 from bson.errors import BSONError
@@ -38,8 +39,9 @@ from iot_pipeline.stores import UNREADABLE, Outcome, PasswordRefused, ResultT, S
 
 # https://www.mongodb.com/docs/manual/reference/limits/: BSON Document Size
 MAX_DOCUMENT_BYTES = 16 * 1024 * 1024
-# A replica set has a new primary by then or shortly after, and we try again anyway.
-SELECTION_SECONDS = 5.0
+# The longest wait for a server to be found: we try again anyway, and can tell meanwhile. PyMongo
+# itself would wait as long as a request may take.
+FIND_SECONDS = 5.0
 SHOWN_CHARACTERS = 300
 
 # https://www.mongodb.com/docs/manual/reference/error-codes/
@@ -100,7 +102,6 @@ class MongoStore(Store):
             # All that one request may take, with the tries that PyMongo makes of it.
             "timeoutMS": milliseconds,
             "connectTimeoutMS": milliseconds,
-            "serverSelectionTimeoutMS": min(milliseconds, round(SELECTION_SECONDS * 1000)),
             "tls": address.tls,
             "w": "majority",
             # What was read may be taken for stored, so no later election may undo it.
@@ -134,6 +135,9 @@ class MongoStore(Store):
             self._client.close()
             self._client = self._connect()
             self._client_password = self._password
+        if not self._client.topology_description.has_writable_server():
+            with pymongo.timeout(min(FIND_SECONDS, self._settings.store_timeout)):
+                self._client.admin.command("ping")
         database = self._client[self._address.database]
         return database.get_collection(
             self._address.collection, _CODEC, read_preference=ReadPreference.PRIMARY
@@ -245,7 +249,7 @@ class MongoStore(Store):
         for host, port in self._address.hosts:
             try:
                 with (
-                    socket.create_connection((host, port), SELECTION_SECONDS) as plain,
+                    socket.create_connection((host, port), FIND_SECONDS) as plain,
                     Tls(ca_file).context().wrap_socket(plain, server_hostname=host),
                 ):
                     pass
