@@ -2,6 +2,7 @@
 
 - Kafka: an archive of the official layout, assembled from Maven's jars.
 - CouchDB: an archive of the stand-in server with its npm packages.
+- MongoDB: an archive of the stand-in server with its jars.
 - The apps: their wheel.
 
 Each is built again only when something it is made of has changed.
@@ -34,6 +35,9 @@ WHEELS = ROOT / ".lab" / "wheels"
 EPOCH = 1_700_000_000
 ATTEMPTS = 3
 
+# Debian's Java runtime brings the compiler without its command, which is in another package.
+JAVA_COMPILER = "jdk.compiler/com.sun.tools.javac.Main"
+
 # Prebuilt binaries and C++ sources of LevelDB that no lab host runs.
 _STANDIN_UNUSED = (
     "node_modules/.bin",
@@ -64,19 +68,9 @@ def kafka_archive(version: str | None = None, *, write_checksums: bool = False) 
 
     def build(work: Path) -> Path:
         tree = work / name
-        libs = tree / "libs"
         _say("kafka", "fetching the jars with Maven (56 MB, about a minute)")
-        _run_retrying(
-            [
-                *(_tool("mvn", "maven"), "--quiet", "--batch-mode"),
-                *("--file", str(source / "pom.xml"), "dependency:copy-dependencies"),
-                *("-DincludeScope=runtime", f"-DoutputDirectory={libs}"),
-                f"-Dkafka.version={kafka}",
-            ]
-        )
-        if write_checksums:
-            _write_checksums(libs, recorded)
-        _verify_checksums(libs, recorded)
+        _fetch_jars(source / "pom.xml", tree / "libs", f"-Dkafka.version={kafka}")
+        _check_jars("kafka", tree / "libs", recorded, write_checksums=write_checksums)
         shutil.copytree(source / "config", tree / "config")
         shutil.copytree(source / "bin", tree / "bin")
         _write_tools(source / "tools.txt", tree / "bin")
@@ -112,6 +106,36 @@ def couchdb_archive() -> Path:
 
     archive = CACHE / "couchdb-standin.tgz"
     return _archive("couchdb", archive, "sha256", [source], build, _STANDIN_UNUSED)
+
+
+def mongodb_archive(*, write_checksums: bool = False) -> Path:
+    """Return the archive of the MongoDB stand-in, built if it is missing or outdated.
+
+    `write_checksums` and the rest are as `kafka_archive` has them; the checksum is a SHA-256.
+    """
+    source = SOURCES / "mongodb"
+
+    def build(work: Path) -> Path:
+        tree = work / "mongodb-standin"
+        libs = tree / "lib"
+        _say("mongodb", "fetching the stand-in's jars with Maven (6 MB)")
+        _fetch_jars(source / "pom.xml", libs)
+        _check_jars("mongodb", libs, source / "jars.sha256", write_checksums=write_checksums)
+        jars = ":".join(str(jar) for jar in sorted(libs.glob("*.jar")))
+        _run_retrying(
+            [
+                *(_tool("java", "default-jre-headless"), "-m", JAVA_COMPILER),
+                *("-source", "17", "-target", "17", "-nowarn", "-cp", jars),
+                *("-d", str(tree / "classes"), str(source / "MongodbStandin.java")),
+            ]
+        )
+        shutil.copytree(source / "bin", tree / "bin")
+        return tree
+
+    archive = CACHE / "mongodb-standin.tgz"
+    if write_checksums:
+        archive.unlink(missing_ok=True)
+    return _archive("mongodb", archive, "sha256", [source], build)
 
 
 def apps_wheel() -> Path:
@@ -157,21 +181,22 @@ def apps_wheel() -> Path:
         return wheel
 
 
-ARTIFACTS: dict[str, Callable[[], Path]] = {
+ARTIFACTS: dict[str, Callable[..., Path]] = {
     "kafka": kafka_archive,
     "couchdb": couchdb_archive,
+    "mongodb": mongodb_archive,
     "apps": apps_wheel,
     # What an upgrade comes from.
     "kafka-4.2.1": partial(kafka_archive, "4.2.1"),
 }
-DEFAULT = ("kafka", "couchdb", "apps")
+DEFAULT = ("kafka", "couchdb", "mongodb", "apps")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Build the artifacts that the command line names and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="lab artifacts",
-        description="Build what the lab installs: Kafka's archive, the CouchDB stand-in, the apps.",
+        description="Build what the lab installs: Kafka's archive, databases' stand-ins, the apps.",
     )
     parser.add_argument(
         "names",
@@ -182,21 +207,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--write-checksums",
         action="store_true",
-        help="with kafka: record the jars Maven resolves, after a change of pom.xml",
+        help="with kafka or mongodb: record the jars Maven resolves, after a change of pom.xml",
     )
     options = parser.parse_args(arguments)
     names: list[str] = options.names or list(DEFAULT)
     unknown = sorted(set(names) - set(ARTIFACTS))
     if unknown:
         parser.error(f"unknown artifact {', '.join(unknown)}: choose from {', '.join(ARTIFACTS)}")
-    if options.write_checksums and (len(names) != 1 or not names[0].startswith("kafka")):
-        parser.error("--write-checksums is for one version of kafka alone")
+    of_jars = names[0] == "mongodb" or names[0].startswith("kafka")
+    if options.write_checksums and (len(names) != 1 or not of_jars):
+        parser.error("--write-checksums is for mongodb, or one version of kafka, alone")
     try:
-        if options.write_checksums:
-            kafka_archive(names[0].removeprefix("kafka").lstrip("-") or None, write_checksums=True)
-        else:
-            for name in names:
-                ARTIFACTS[name]()
+        for name in names:
+            ARTIFACTS[name](**({"write_checksums": True} if options.write_checksums else {}))
     except ArtifactError as error:
         print(f"lab artifacts: {error}", file=sys.stderr)
         return 1
@@ -267,24 +290,40 @@ def _kafka_versions(pom: Path) -> tuple[str, str]:
     return found["scala"], found["kafka"]
 
 
-def _write_checksums(libs: Path, listing: Path) -> None:
+def _fetch_jars(pom: Path, libs: Path, *properties: str) -> None:
+    _run_retrying(
+        [
+            *(_tool("mvn", "maven"), "--quiet", "--batch-mode"),
+            *("--file", str(pom), "dependency:copy-dependencies"),
+            *("-DincludeScope=runtime", f"-DoutputDirectory={libs}", *properties),
+        ]
+    )
+
+
+def _check_jars(name: str, libs: Path, listing: Path, *, write_checksums: bool) -> None:
+    if write_checksums:
+        _write_checksums(name, libs, listing)
+    _verify_checksums(name, libs, listing)
+
+
+def _write_checksums(name: str, libs: Path, listing: Path) -> None:
     lines = [f"{_digest(jar, 'sha256')}  {jar.name}\n" for jar in sorted(libs.glob("*.jar"))]
     listing.write_text("".join(lines))
-    _say("kafka", f"recorded {len(lines)} jars in {_shown(listing)}")
+    _say(name, f"recorded {len(lines)} jars in {_shown(listing)}")
 
 
-def _verify_checksums(libs: Path, listing: Path) -> None:
+def _verify_checksums(name: str, libs: Path, listing: Path) -> None:
     expected = {}
     for line in listing.read_text().splitlines():
         digest, _, jar_name = line.partition("  ")
         expected[jar_name] = digest
     found = {jar.name: _digest(jar, "sha256") for jar in libs.glob("*.jar")}
-    wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+    wrong = sorted(jar for jar in expected | found if expected.get(jar) != found.get(jar))
     if wrong:
         raise ArtifactError(
             f"jars that differ from {_shown(listing)}, are missing or are not in it: "
             f"{', '.join(wrong)}. After a change of pom.xml run "
-            "'lab/bin/lab artifacts kafka --write-checksums'; otherwise do not trust them."
+            f"'lab/bin/lab artifacts {name} --write-checksums'; otherwise do not trust them."
         )
 
 

@@ -25,7 +25,7 @@ from kafka import KafkaConsumer, TopicPartition
 
 from iot_lab.artifacts import ArtifactError
 from iot_lab.console import Colour, paint, say
-from iot_lab.processes import App, Broker, Database, Pipeline, Process, ProcessError
+from iot_lab.processes import App, Broker, CouchDB, Pipeline, Process, ProcessError
 from iot_pipeline.errors import InvalidMessage
 from iot_pipeline.schema import STORED_AT, DeadLetter, ImageMessage, PredictionMessage, parse_time
 
@@ -115,15 +115,13 @@ class Watcher:
         keys = [key for key in self.pending if key in self._predictions][:ASKED_AT_ONCE]
         if not keys:
             return []
-        path = f"/{self._pipeline.database_name}/_all_docs?include_docs=true"
-        answer = self._pipeline.database.request("POST", path, {"keys": keys})
+        documents = self._pipeline.database.documents(self._pipeline.database_name, keys)
         complete = []
-        for row in answer.body["rows"] if answer.status == 200 else []:
-            stored_at = (row.get("doc") or {}).get(STORED_AT)
-            if stored_at:
-                journey = self.pending.pop(row["id"])
-                journey.prediction = self._predictions.pop(row["id"])
-                journey.stored_at = parse_time(stored_at)
+        for identifier, document in documents.items():
+            if STORED_AT in document:
+                journey = self.pending.pop(identifier)
+                journey.prediction = self._predictions.pop(identifier)
+                journey.stored_at = parse_time(document[STORED_AT])
                 complete.append(journey)
         return complete
 
@@ -190,7 +188,7 @@ class Demo:
         say(f"Starting the pipeline on 127.0.0.1; logs and data in {self._folder}")
         with ExitStack() as ending:
             ending.callback(say, "Everything is stopped.")
-            broker, database = Broker(self._folder), Database(self._folder)
+            broker, database = Broker(self._folder), CouchDB(self._folder)
             for server in (broker, database):
                 ending.callback(_stop, server)
                 server.start()

@@ -1,9 +1,9 @@
 """The pipeline as plain processes on loopback: no hosts, no root.
 
-The broker is the real Kafka of the lab's archive, the database the lab's CouchDB stand-in, the apps
+The broker is the real Kafka of the lab's archive, the database one of the lab's stand-ins, the apps
 are the installed console script. `make demo` and the integration tests run on these::
 
-    with Broker(folder) as broker, Database(folder) as database:
+    with Broker(folder) as broker, CouchDB(folder) as database:
         with Pipeline(folder, broker, database) as pipeline:
             pipeline.store().start().wait_ready()
             ...
@@ -26,6 +26,7 @@ import signal
 import socket
 import subprocess
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ from kafka.admin import NewTopic
 from kafka.errors import KafkaError
 
 from iot_lab import paths
-from iot_lab.artifacts import couchdb_archive, kafka_archive
+from iot_lab.artifacts import couchdb_archive, kafka_archive, mongodb_archive
 from iot_pipeline.schema import STORED_AT
 
 APPS = paths.APPS / "bin"
@@ -223,7 +224,8 @@ class Process:
 
 def _clean_environment() -> dict[str, str]:
     """Ours, without settings that are meant for other pipelines or our own service manager."""
-    foreign = ("IOT_", "KAFKA_", "COUCHDB_", "PYTHON", "NOTIFY_SOCKET", "WATCHDOG_", "VIRTUAL_ENV")
+    services = ("IOT_", "KAFKA_", "COUCHDB_", "MONGODB_")
+    foreign = (*services, "PYTHON", "NOTIFY_SOCKET", "WATCHDOG_", "VIRTUAL_ENV")
     return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
 
 
@@ -432,6 +434,46 @@ class Broker(Process):
             admin.wait_for_topics(list(topics))
 
 
+Documents = dict[str, dict[str, Any]]
+"""Stored documents by id."""
+
+
+class Database(Process):
+    """A database server of plain documents, whose databases (or collections) are told by name."""
+
+    @abstractmethod
+    def create(self, name: str) -> None:
+        """Make a database that the apps may read and write.
+
+        Raises:
+            ProcessError: the server refuses.
+        """
+
+    @abstractmethod
+    def drop(self, name: str) -> None:
+        """Remove a database.
+
+        Raises:
+            ProcessError: the server refuses.
+        """
+
+    @abstractmethod
+    def environment(self, name: str) -> dict[str, str]:
+        """The settings with which an app uses a database made here."""
+
+    @abstractmethod
+    def write(self, name: str, document: Mapping[str, Any]) -> None:
+        """Write a document as someone who is no app of ours.
+
+        Raises:
+            ProcessError: the server refuses.
+        """
+
+    @abstractmethod
+    def documents(self, name: str, keys: Sequence[str] | None = None) -> Documents:
+        """The documents of a database by id; all, or those of some ids."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What the database answered."""
@@ -440,7 +482,7 @@ class Answer:
     body: Any
 
 
-class Database(Process):
+class CouchDB(Database):
     """The CouchDB stand-in, with an admin and one user who may use the databases made here."""
 
     USER = "iot-storage"
@@ -547,6 +589,108 @@ class Database(Process):
             # 409 and 412: it is there from an earlier call.
             if answer.status not in (200, 201, 202, 409, 412):
                 raise self.error(f"answered PUT {path} with {answer.status} {answer.body}")
+
+    def drop(self, name: str) -> None:
+        """Remove a database.
+
+        Raises:
+            ProcessError: the server refuses.
+        """
+        answer = self.request("DELETE", f"/{name}")
+        if answer.status != 200:
+            raise self.error(f"answered DELETE /{name} with {answer.status} {answer.body}")
+
+    def environment(self, name: str) -> dict[str, str]:
+        """The settings with which an app uses a database made here."""
+        return {
+            "IOT_STORE_URL": f"couchdb://{LOOPBACK}:{self._port}/{name}",
+            "IOT_STORE_USER": self.USER,
+            "IOT_STORE_PASSWORD_FILE": str(self.password_file),
+        }
+
+    def write(self, name: str, document: Mapping[str, Any]) -> None:
+        """Write a document as someone who is no app of ours.
+
+        Raises:
+            ProcessError: the server refuses.
+        """
+        answer = self.request("PUT", f"/{name}/{document['_id']}", dict(document))
+        if answer.status not in (201, 202):
+            raise self.error(f"answered PUT {document['_id']} with {answer.status} {answer.body}")
+
+    def documents(self, name: str, keys: Sequence[str] | None = None) -> Documents:
+        """The documents of a database by id; all, or those of some ids."""
+        path = f"/{name}/_all_docs?include_docs=true"
+        if keys is None:
+            answer = self.request("GET", path)
+        else:
+            answer = self.request("POST", path, {"keys": list(keys)})
+        return {row["id"]: row["doc"] for row in answer.body["rows"] if row.get("doc")}
+
+
+class MongoDB(Database):
+    """The MongoDB stand-in. It knows no users."""
+
+    DATABASE = "kafka_db"
+
+    def __init__(self, folder: Path, tls: Mapping[str, str] | None = None) -> None:
+        _program("java", "default-jre-headless")
+        home = _unpacked(mongodb_archive())
+        self._port = free_port()
+        super().__init__(
+            "mongodb",
+            folder,
+            [str(home / "bin" / "mongodb-standin")],
+            {
+                "MONGODB_DATA_DIR": str(folder / "mongodb-data"),
+                "MONGODB_BIND_ADDRESS": LOOPBACK,
+                "MONGODB_PORT": str(self._port),
+                "MONGODB_JAVA_OPTS": "-Xmx512m -XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+                **(tls or {}),
+            },
+        )
+
+    @property
+    def place(self) -> str:
+        """The server as URLs have it."""
+        return f"{LOOPBACK}:{self._port}"
+
+    def is_ready(self) -> bool:
+        """Whether it listens, which it does once it has opened its documents."""
+        with socket.socket() as probe:
+            return not probe.connect_ex((LOOPBACK, self._port))
+
+    @contextlib.contextmanager
+    def collection(self, name: str) -> Iterator[Any]:
+        """PyMongo's collection, whose client is closed afterwards."""
+        from pymongo import MongoClient
+
+        client: MongoClient[dict[str, Any]] = MongoClient(LOOPBACK, self._port, tz_aware=True)
+        with client:
+            yield client[self.DATABASE][name]
+
+    def create(self, name: str) -> None:
+        """Nothing to do: the first document makes its collection."""
+
+    def drop(self, name: str) -> None:
+        """Remove a collection."""
+        with self.collection(name) as collection:
+            collection.drop()
+
+    def environment(self, name: str) -> dict[str, str]:
+        """The settings with which an app uses a collection."""
+        return {"IOT_STORE_URL": f"mongodb://{self.place}/{self.DATABASE}.{name}"}
+
+    def write(self, name: str, document: Mapping[str, Any]) -> None:
+        """Write a document as someone who is no app of ours."""
+        with self.collection(name) as collection:
+            collection.insert_one(dict(document))
+
+    def documents(self, name: str, keys: Sequence[str] | None = None) -> Documents:
+        """The documents of a collection by id; all, or those of some ids."""
+        with self.collection(name) as collection:
+            found = collection.find({} if keys is None else {"_id": {"$in": list(keys)}})
+            return {document["_id"]: document for document in found}
 
 
 class App(Process):
@@ -668,10 +812,7 @@ class Pipeline:
         """The settings of the commands that use the database, too."""
         return {
             **self.environment,
-            "IOT_COUCHDB_URL": self.database.url,
-            "IOT_COUCHDB_USER": self.database.USER,
-            "IOT_COUCHDB_PASSWORD_FILE": str(self.database.password_file),
-            "IOT_COUCHDB_DATABASE": self.database_name,
+            **self.database.environment(self.database_name),
         }
 
     def produce(self, *flags: str) -> App:
@@ -711,10 +852,9 @@ class Pipeline:
         self._apps.append(app)
         return app
 
-    def documents(self) -> dict[str, dict[str, Any]]:
+    def documents(self) -> Documents:
         """The database's documents by id."""
-        answer = self.database.request("GET", f"/{self.database_name}/_all_docs?include_docs=true")
-        return {row["id"]: row["doc"] for row in answer.body["rows"]}
+        return self.database.documents(self.database_name)
 
     def complete(self) -> int:
         """How many documents hold an image and its prediction."""

@@ -26,6 +26,10 @@ from iot_lab.console import Colour, duration, is_coloured, paint, say, step
 from iot_lab.shell import LabError, answer, locked
 
 LITTER = (".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", ".ansible", ".cache")
+STANDINS = {
+    "couchdb_servers": artifacts.couchdb_archive,
+    "mongodb_servers": artifacts.mongodb_archive,
+}
 FIRST_IMAGES = 3
 FIRST_IMAGES_TIMEOUT = 180  # seconds; the producer sends one image each 10 s
 
@@ -65,7 +69,7 @@ def prepare(options: Options, *, with_hosts: bool = True) -> None:
     with locked("hosts"):
         setup.ssh_key()
         with ThreadPoolExecutor(max_workers=2) as pool:
-            archives = None if options.official else pool.submit(_archives)
+            archives = None if options.official else pool.submit(_archives, options.topology)
             if with_hosts:
                 images.ensure(host.os for host in hosts.machines(options.topology))
             if archives:
@@ -161,10 +165,12 @@ def clean() -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _archives() -> None:
+def _archives(topology: str) -> None:
+    groups = {group for host in hosts.machines(topology) for group in host.groups}
     try:
         artifacts.kafka_archive()
-        artifacts.couchdb_archive()
+        for group in groups & STANDINS.keys():
+            STANDINS[group]()
     except artifacts.ArtifactError as error:
         raise LabError(str(error)) from error
 

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from kafka import KafkaConsumer, KafkaProducer
 
@@ -118,16 +119,16 @@ def infer() -> Iterator[None]:
 def store() -> Iterator[None]:
     import couchdb
 
-    if os.environ.get("IOT_COUCHDB_CA_FILE"):
-        os.environ["SSL_CERT_FILE"] = os.environ["IOT_COUCHDB_CA_FILE"]
-    server = couchdb.Server(os.environ["IOT_COUCHDB_URL"])
+    if os.environ.get("IOT_STORE_CA_FILE"):
+        os.environ["SSL_CERT_FILE"] = os.environ["IOT_STORE_CA_FILE"]
+    url = urlsplit(os.environ["IOT_STORE_URL"])
+    server = couchdb.Server(f"{'https' if 'tls=true' in url.query else 'http'}://{url.netloc}")
     server.resource.credentials = (
-        os.environ["IOT_COUCHDB_USER"],
-        Path(os.environ["IOT_COUCHDB_PASSWORD_FILE"]).read_text().strip(),
+        os.environ["IOT_STORE_USER"],
+        Path(os.environ["IOT_STORE_PASSWORD_FILE"]).read_text().strip(),
     )
-    database = couchdb.Database(
-        server.resource(os.environ["IOT_COUCHDB_DATABASE"]), os.environ["IOT_COUCHDB_DATABASE"]
-    )
+    name = url.path.strip("/")
+    database = couchdb.Database(server.resource(name), name)
     for message in messages(IMAGES, PREDICTIONS):
         document = database.get(message.value["ID"]) or {"_id": message.value["ID"]}
         document.update(message.value)

@@ -16,7 +16,6 @@ import json
 import sys
 import time
 from typing import Any
-from urllib.parse import urlsplit
 
 from kafka import KafkaConsumer
 
@@ -64,12 +63,11 @@ def documents(settings: StoreSettings, count: int) -> list[dict[str, Any]]:
 
 def connect(settings: StoreSettings) -> http.client.HTTPConnection:
     """A connection that is kept, as storage's is."""
-    parts = urlsplit(settings.couchdb_url)
-    host = parts.hostname or ""
-    if parts.scheme == "https":
-        context = Tls(settings.couchdb_ca_file).context()
-        return http.client.HTTPSConnection(host, parts.port, timeout=60, context=context)
-    return http.client.HTTPConnection(host, parts.port, timeout=60)
+    address = settings.store_address
+    if address.tls:
+        context = Tls(settings.store_ca_file).context()
+        return http.client.HTTPSConnection(address.place, timeout=60, context=context)
+    return http.client.HTTPConnection(address.place, timeout=60)
 
 
 def main() -> None:
@@ -78,14 +76,14 @@ def main() -> None:
     made = documents(settings, count)
     connection = connect(settings)
     headers = {"Content-Type": "application/json"}
-    if settings.couchdb_user:
-        _, password = PasswordFile(settings.couchdb_password_file).choose()
-        credentials = base64.b64encode(f"{settings.couchdb_user}:{password}".encode()).decode()
+    if settings.store_user:
+        _, password = PasswordFile(settings.store_password_file).choose()
+        credentials = base64.b64encode(f"{settings.store_user}:{password}".encode()).decode()
         headers["Authorization"] = f"Basic {credentials}"
     began, used = time.monotonic(), time.process_time()
     for start in range(0, len(made), size):
         body = json.dumps({"docs": made[start : start + size]})
-        connection.request("POST", f"/{settings.couchdb_database}/_bulk_docs", body, headers)
+        connection.request("POST", f"/{settings.store_address.database}/_bulk_docs", body, headers)
         answer = connection.getresponse()
         answer.read()
         if answer.status != 201:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import pytest
 
 from iot_lab.paths import ROOT
-from iot_lab.processes import APPS, Broker, Database, Pipeline, wait_for
+from iot_lab.processes import APPS, Broker, CouchDB, Database, MongoDB, Pipeline, wait_for
 from iot_lab.secure_broker import SecureBroker, pipeline_acls
 
 SOURCES = ROOT / "apps" / "src" / "iot_pipeline"
@@ -41,7 +41,7 @@ def apps() -> None:
         cwd="/",
     )
     installed = Path(found.stdout.strip())
-    names = [path.name for path in SOURCES.glob("*.py")]
+    names = [str(path.relative_to(SOURCES)) for path in SOURCES.rglob("*.py")]
     _same, different, missing = filecmp.cmpfiles(SOURCES, installed, names, shallow=False)
     if different or missing:
         pytest.fail(f"{installed} is not built from {SOURCES} as it is now: {setup}")
@@ -134,29 +134,42 @@ def ansible_module(tmp_path: Path) -> AnsibleModule:
 
 
 @pytest.fixture(scope="session")
-def database(folder: Path) -> Iterator[Database]:
-    with Database(folder) as database:
+def database(folder: Path) -> Iterator[CouchDB]:
+    with CouchDB(folder) as database:
         yield database
 
 
 @pytest.fixture(scope="session")
-def make_pipeline(folder: Path, broker: Broker, database: Database) -> Callable[[], Pipeline]:
-    def make() -> Pipeline:
+def mongodb(folder: Path) -> Iterator[MongoDB]:
+    with MongoDB(folder) as server:
+        yield server
+
+
+class MakePipeline(Protocol):
+    """Makes a pipeline with topics and a database of its own."""
+
+    def __call__(self, server: Database | None = None) -> Pipeline:
+        """On another database server than CouchDB, if one is given."""
+
+
+@pytest.fixture(scope="session")
+def make_pipeline(folder: Path, broker: Broker, database: CouchDB) -> MakePipeline:
+    def make(server: Database | None = None) -> Pipeline:
         prefix = next(_prefixes)
-        return Pipeline(folder / prefix.rstrip("-"), broker, database, prefix)
+        return Pipeline(folder / prefix.rstrip("-"), broker, server or database, prefix)
 
     return make
 
 
 @pytest.fixture
-def pipeline(make_pipeline: Callable[[], Pipeline]) -> Iterator[Pipeline]:
+def pipeline(make_pipeline: MakePipeline) -> Iterator[Pipeline]:
     with make_pipeline() as pipeline:
         yield pipeline
 
 
 @pytest.fixture
 def secure_pipeline(
-    folder: Path, secure_broker: SecureBroker, database: Database
+    folder: Path, secure_broker: SecureBroker, database: CouchDB
 ) -> Iterator[Pipeline]:
     """Each app logs in as itself, and may do what its ACLs grant."""
     prefix = next(_prefixes)
@@ -166,7 +179,7 @@ def secure_pipeline(
 
 
 @pytest.fixture(scope="session")
-def running(make_pipeline: Callable[[], Pipeline]) -> Iterator[Pipeline]:
+def running(make_pipeline: MakePipeline) -> Iterator[Pipeline]:
     """A pipeline whose inference and storage run, for tests that leave it as it was."""
     with make_pipeline() as pipeline:
         workers = [pipeline.store().start(), pipeline.infer().start()]

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from kafka.admin import ScramMechanism, UserScramCredentialUpsertion
 
-from iot_lab.processes import LOOPBACK, Database, Pipeline, wait_for
+from iot_lab.processes import LOOPBACK, CouchDB, Database, Pipeline, wait_for
 from iot_lab.secure_broker import Authority, SecureBroker, pipeline_acls, write_secret
 from iot_pipeline.access import find_problem
-from iot_pipeline.couch import CouchDatabase
 from iot_pipeline.errors import Exit, SinkUnavailable
 from iot_pipeline.settings import ProduceSettings, StoreSettings, load
+from iot_pipeline.stores import Store, open_store
 
 pytestmark = pytest.mark.timeout(300)  # a busy machine starts the broker slowly
 
@@ -27,7 +27,7 @@ PROMPT = 4.0  # seconds; kafka-python itself takes 10 with our settings, and doe
 
 
 @pytest.fixture
-def ungranted(folder: Path, secure_broker: SecureBroker, database: Database) -> Iterator[Pipeline]:
+def ungranted(folder: Path, secure_broker: SecureBroker, database: CouchDB) -> Iterator[Pipeline]:
     """Topics that no app may use."""
     prefix = f"ungranted-{secrets.token_hex(3)}-"
     with Pipeline(folder / prefix.rstrip("-"), secure_broker, database, prefix) as pipeline:
@@ -315,7 +315,7 @@ class TlsFront:
             thread.start()
 
     def _relay(self, plain: socket.socket) -> None:
-        host, _, port = self._target.removeprefix("http://").partition(":")
+        host, _, port = self._target.partition(":")
         with plain:
             try:
                 inside = self._context.wrap_socket(plain, server_side=True)
@@ -354,53 +354,73 @@ def authority(tmp_path: Path) -> Authority:
     return Authority(tmp_path / "authority")
 
 
+@pytest.fixture(params=["database", "mongodb"])
+def server(request: pytest.FixtureRequest) -> Database:
+    server: Database = request.getfixturevalue(request.param)
+    return server
+
+
 @pytest.fixture
-def front(authority: Authority, database: Database) -> Iterator[TlsFront]:
-    front = TlsFront(authority, database.url)
+def front(authority: Authority, server: Database) -> Iterator[TlsFront]:
+    url = server.environment("over-tls")["IOT_STORE_URL"]
+    front = TlsFront(authority, url.split("/")[2])
     yield front
     front.close()
 
 
-def test_the_database_over_tls(front: TlsFront, authority: Authority, database: Database) -> None:
-    database.create("over-tls")
-    settings = StoreSettings(
-        couchdb_url=f"https://localhost:{front.port}",
-        couchdb_ca_file=str(authority.certificate),
-        couchdb_user=database.user[0],
-        couchdb_password_file=str(database.password_file),
-        couchdb_database="over-tls",
-    )
-    store = CouchDatabase(settings)
-    outcome = store.merge_in({"a": {"_id": "a", "GroundTruth": "cat"}}, lambda: None)
-    assert list(outcome.stored) == ["a"]
-    assert store.read(["a"])["a"]["GroundTruth"] == "cat"
-    # A connection that the server has closed while it was idle is not an outage.
-    front.hang_up()
-    time.sleep(0.1)
-    assert store.read(["a"])["a"]["GroundTruth"] == "cat"
+def through(front: TlsFront, host: str, server: Database, ca_file: Path, timeout: str) -> Store:
+    """A store whose every connection goes through the front."""
+    environment = server.environment("over-tls")
+    scheme, _, _, name = environment["IOT_STORE_URL"].split("/")
+    environment["IOT_STORE_URL"] = f"{scheme}//{host}:{front.port}/{name}?tls=true"
+    environment |= {"IOT_STORE_CA_FILE": str(ca_file), "IOT_STORE_TIMEOUT": timeout}
+    return open_store(load(StoreSettings, environment=environment))
+
+
+def test_the_database_over_tls(front: TlsFront, authority: Authority, server: Database) -> None:
+    server.create("over-tls")
+    with through(front, "localhost", server, authority.certificate, "15") as store:
+        outcome = store.merge_in({"a": {"_id": "a", "GroundTruth": "cat"}}, lambda: None)
+        assert list(outcome.stored) == ["a"]
+        assert store.read(["a"])["a"]["GroundTruth"] == "cat"
+        # A connection that the server has closed while it was idle is not an outage.
+        front.hang_up()
+        time.sleep(0.1)
+        assert store.read(["a"])["a"]["GroundTruth"] == "cat"
 
 
 @pytest.mark.parametrize(
     "host,trusted,words",
     [
-        ("localhost", False, "certificate is refused .*IOT_COUCHDB_CA_FILE"),
-        ("127.1", True, "is not for 127.1: call it in IOT_COUCHDB_URL"),
+        ("localhost", False, "certificate is refused .*IOT_STORE_CA_FILE"),
+        ("127.1", True, "is not for 127.1: call it in IOT_STORE_URL"),
     ],
 )
 def test_a_database_that_cannot_prove_who_it_is_gets_no_password(
     front: TlsFront,
     authority: Authority,
     stranger: Authority,
-    database: Database,
+    server: Database,
     host: str,
     trusted: bool,
     words: str,
 ) -> None:
-    settings = StoreSettings(
-        couchdb_url=f"https://{host}:{front.port}",
-        couchdb_ca_file=str((authority if trusted else stranger).certificate),
-        couchdb_user=database.user[0],
-        couchdb_password_file=str(database.password_file),
-    )
-    with pytest.raises(SinkUnavailable, match=words):
-        CouchDatabase(settings).read(["a"])
+    ca_file = (authority if trusted else stranger).certificate
+    with (
+        through(front, host, server, ca_file, "3") as store,
+        pytest.raises(SinkUnavailable, match=words),
+    ):
+        store.read(["a"])
+
+
+def test_a_new_authority_is_taken_up(
+    front: TlsFront, authority: Authority, stranger: Authority, server: Database, tmp_path: Path
+) -> None:
+    server.create("over-tls")
+    ca_file = tmp_path / "ca.pem"
+    ca_file.write_bytes(stranger.certificate.read_bytes())
+    with through(front, "localhost", server, ca_file, "3") as store:
+        with pytest.raises(SinkUnavailable, match="certificate is refused"):
+            store.read(["a"])
+        ca_file.write_bytes(authority.certificate.read_bytes())
+        store.read(["a"])

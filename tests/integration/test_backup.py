@@ -14,15 +14,15 @@ from typing import Any, Self
 
 import pytest
 
-from iot_lab.processes import Pipeline, free_port, wait_for
+from iot_lab.processes import CouchDB, Pipeline, free_port, wait_for
 from iot_pipeline.backup import BackupFile, documents_of, new_backup
-from iot_pipeline.couch import CouchDatabase
 from iot_pipeline.progress import Progress
 from iot_pipeline.restore import compare, merge_into
 from iot_pipeline.schema import (
     Document,
     ImageMessage,
     PredictionMessage,
+    content,
     document,
     first_uuid7,
     is_complete,
@@ -30,6 +30,7 @@ from iot_pipeline.schema import (
     uuid7,
 )
 from iot_pipeline.settings import StoreSettings, load
+from iot_pipeline.stores import Store, open_store
 
 _copies = (f"copy-{number}" for number in itertools.count())
 
@@ -65,28 +66,34 @@ def old_ids(count: int) -> list[str]:
     return [f"{start}{number:012x}" for number in range(count)]
 
 
-def write(store: CouchDatabase, *documents: Document) -> None:
+def write(store: Store, *documents: Document) -> None:
     for state in documents:
         store.merge_in({state["_id"]: state}, lambda: None)
 
 
-def connect(pipeline: Pipeline, name: str = "") -> CouchDatabase:
-    flags = {"couchdb_database": name} if name else {}
-    return CouchDatabase(load(StoreSettings, flags, pipeline.database_environment))
+def connect(pipeline: Pipeline, url: str = "") -> Store:
+    flags = {"store_url": url} if url else {}
+    return open_store(load(StoreSettings, flags, pipeline.database_environment))
 
 
-def content(store: CouchDatabase) -> list[Document]:
+def contents(store: Store) -> list[Document]:
     """All documents, without what each database makes of its own."""
-    return [{name: state[name] for name in state if name != "_rev"} for state in store.scan()]
+    return [content(state) for state in store.scan()]
 
 
 @pytest.fixture
 def copy(pipeline: Pipeline) -> Iterator[str]:
-    """An empty database beside the pipeline's own."""
+    """The URL of an empty database beside the pipeline's own."""
     name = next(_copies)
     pipeline.database.create(name)
-    yield name
-    pipeline.database.request("DELETE", f"/{name}")
+    yield pipeline.database.environment(name)["IOT_STORE_URL"]
+    pipeline.database.drop(name)
+
+
+@pytest.fixture
+def copy_name(copy: str) -> str:
+    """Its name."""
+    return copy.rpartition("/")[2]
 
 
 def backup(pipeline: Pipeline, path: Path, *flags: str) -> dict[str, Any]:
@@ -115,17 +122,17 @@ def test_a_backup_becomes_an_equal_database_and_again_changes_nothing(
     made = backup(pipeline, file)
     assert (made["documents"], made["database"]) == (1221, pipeline.database_name)
 
-    status, found = restore(pipeline, file, "--compare", "--couchdb-database", copy)
+    status, found = restore(pipeline, file, "--compare", "--store-url", copy)
     assert (status, found["missing"], found["identical"]) == (1, 1221, 0)
-    status, found = restore(pipeline, file, "--couchdb-database", copy)
+    status, found = restore(pipeline, file, "--store-url", copy)
     assert (status, found["restored"], found["refused"]) == (0, 1221, 0)
-    status, found = restore(pipeline, file, "--compare", "--couchdb-database", copy)
+    status, found = restore(pipeline, file, "--compare", "--store-url", copy)
     assert (status, found["missing"], found["identical"]) == (0, 0, 1221)
     other = connect(pipeline, copy)
-    assert content(other) == content(store)
+    assert contents(other) == contents(store)
 
     before = list(other.scan())
-    assert restore(pipeline, file, "--couchdb-database", copy)[0] == 0
+    assert restore(pipeline, file, "--store-url", copy)[0] == 0
     assert list(other.scan()) == before
 
 
@@ -141,13 +148,13 @@ def test_a_restore_completes_and_adds_and_takes_nothing_away(
     other = connect(pipeline, copy)
     write(other, image(whole) | {"Note": "mine"}, prediction(whole), prediction(half))
     write(other, image(since), prediction(since))
-    status, found = restore(pipeline, file, "--compare", "--couchdb-database", copy)
+    status, found = restore(pipeline, file, "--compare", "--store-url", copy)
     # One lacks its image, and the other was completed later than the one in the backup.
     assert (status, found["missing"], found["different"]) == (1, 1, 2)
-    assert restore(pipeline, file, "--couchdb-database", copy)[0] == 0
-    status, found = restore(pipeline, file, "--compare", "--couchdb-database", copy)
+    assert restore(pipeline, file, "--store-url", copy)[0] == 0
+    status, found = restore(pipeline, file, "--compare", "--store-url", copy)
     assert (status, found["identical"], found["newer"]) == (0, 2, 1)
-    stored = {state["_id"]: state for state in content(other)}
+    stored = {state["_id"]: state for state in contents(other)}
     assert list(stored) == [whole, half, lost, since]
     assert all(map(is_complete, stored.values()))
     assert stored[whole]["Note"] == "mine"
@@ -156,7 +163,7 @@ def test_a_restore_completes_and_adds_and_takes_nothing_away(
 class Traffic:
     """Writes images, and a while later their predictions, until it is left."""
 
-    def __init__(self, store: CouchDatabase) -> None:
+    def __init__(self, store: Store) -> None:
         self.done: list[str] = []
         self._store = store
         self._stop = threading.Event()
@@ -212,16 +219,16 @@ def test_a_restore_under_traffic_loses_and_doubles_nothing(
     with Traffic(store) as before:
         before.wait_for_more(300)
     backup(pipeline, file)
-    saved = content(store)
+    saved = contents(store)
 
     other = connect(pipeline, copy)
     lost_halves = {state["_id"]: image(state["_id"]) for state in saved[::3]}
     other.merge_in(lost_halves, lambda: None)
     with Traffic(connect(pipeline, copy)) as since:
         for _ in range(2):
-            assert restore(pipeline, file, "--couchdb-database", copy)[0] == 0
+            assert restore(pipeline, file, "--store-url", copy)[0] == 0
         since.wait_for_more(40)
-    restored = {state["_id"]: state for state in content(other)}
+    restored = {state["_id"]: state for state in contents(other)}
     assert set(restored) == {state["_id"] for state in saved} | set(since.done)
     assert all(map(is_complete, restored.values()))
     assert all(restored[state["_id"]] == state for state in saved)
@@ -251,52 +258,55 @@ def test_a_file_that_is_not_whole_restores_nothing(
     backup(pipeline, file)
     whole = file.read_bytes()
     file.write_bytes(whole[:-20])
-    done = pipeline.run("restore", str(file), "--couchdb-database", copy)
+    done = pipeline.run("restore", str(file), "--store-url", copy)
     assert (done.returncode, str(file) in done.stderr) == (65, True), done.stderr
-    assert content(connect(pipeline, copy)) == []
+    assert contents(connect(pipeline, copy)) == []
 
 
-def test_what_the_database_refuses_is_told(pipeline: Pipeline, copy: str, tmp_path: Path) -> None:
+def test_what_the_database_refuses_is_told(
+    pipeline: Pipeline, database: CouchDB, copy: str, copy_name: str, tmp_path: Path
+) -> None:
     store, file = connect(pipeline), tmp_path / "b"
     good, bad = old_ids(2)
     write(store, image(good), image(bad) | {"Note": "bad"})
     backup(pipeline, file)
     refuse = "function (doc) { if (doc.Note === 'bad') { throw({forbidden: 'not that one'}); } }"
-    answer = pipeline.database.request(
-        "PUT", f"/{copy}/_design/refuse", {"validate_doc_update": refuse}
-    )
-    assert answer.status == 201
-    done = pipeline.run("restore", str(file), "--couchdb-database", copy)
+    design = {"validate_doc_update": refuse}
+    assert database.request("PUT", f"/{copy_name}/_design/refuse", design).status == 201
+    done = pipeline.run("restore", str(file), "--store-url", copy)
     assert (done.returncode, f"1 documents of {file}" in done.stdout) == (1, True), done.stdout
     assert bad in done.stderr
     assert "not that one" in done.stderr
-    assert [state["_id"] for state in content(connect(pipeline, copy))] == [good]
+    assert [state["_id"] for state in contents(connect(pipeline, copy))] == [good]
 
 
-def test_who_may_not_write_is_told_at_once(pipeline: Pipeline, copy: str, tmp_path: Path) -> None:
+def test_who_may_not_write_is_told_at_once(
+    pipeline: Pipeline, database: CouchDB, copy: str, copy_name: str, tmp_path: Path
+) -> None:
     store, file = connect(pipeline), tmp_path / "b"
     write(store, *(image(name, 900_000) for name in old_ids(20)))
     backup(pipeline, file)
     refuse = "function (doc) { throw({forbidden: 'you may read'}); }"
-    pipeline.database.request("PUT", f"/{copy}/_design/refuse", {"validate_doc_update": refuse})
-    done = pipeline.run("restore", str(file), "--couchdb-database", copy)
+    database.request("PUT", f"/{copy_name}/_design/refuse", {"validate_doc_update": refuse})
+    done = pipeline.run("restore", str(file), "--store-url", copy)
     assert (done.returncode, "you may read" in done.stderr) == (1, True), done.stderr
     assert done.stderr.count("\n") == 1
 
 
 def test_a_database_that_does_not_answer(pipeline: Pipeline, tmp_path: Path) -> None:
     file = tmp_path / "b"
-    nowhere = f"http://127.0.0.1:{free_port()}"
-    done = pipeline.run("backup", str(file), "--couchdb-url", nowhere)
+    nowhere = f"127.0.0.1:{free_port()}"
+    url = ("--store-url", f"couchdb://{nowhere}/img_db")
+    done = pipeline.run("backup", str(file), *url)
     assert (done.returncode, nowhere in done.stderr) == (2, True), done.stderr
     assert list(tmp_path.iterdir()) == []
     backup(pipeline, file)
-    done = pipeline.run("restore", str(file), "--couchdb-url", nowhere)
+    done = pipeline.run("restore", str(file), *url)
     # An empty backup has nothing to ask for.
     assert done.returncode == 0
     write(connect(pipeline), image(uuid7()))
     backup(pipeline, tmp_path / "c", "--grace", "0")
-    done = pipeline.run("restore", str(tmp_path / "c"), "--couchdb-url", nowhere)
+    done = pipeline.run("restore", str(tmp_path / "c"), *url)
     assert (done.returncode, nowhere in done.stderr) == (2, True), done.stderr
 
 

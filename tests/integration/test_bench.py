@@ -19,7 +19,7 @@ import pytest
 from kafka import KafkaConsumer
 
 from iot_lab.paths import ROOT
-from iot_lab.processes import APPS, PARTITIONS, Broker, Database, Pipeline, wait_for
+from iot_lab.processes import APPS, PARTITIONS, Broker, CouchDB, Pipeline, wait_for
 from iot_lab.secure_broker import ADMIN, SecureBroker, write_secret
 from iot_pipeline.schema import STORED_AT, PredictionMessage
 
@@ -92,7 +92,7 @@ class Bench:
 
 @pytest.fixture(params=["plain", "secure"])
 def bench(
-    request: pytest.FixtureRequest, folder: Path, tmp_path: Path, database: Database
+    request: pytest.FixtureRequest, folder: Path, tmp_path: Path, database: CouchDB
 ) -> Iterator[Bench]:
     prefix, admin = next(_prefixes), tmp_path / "admin.properties"
     if request.param == "secure":

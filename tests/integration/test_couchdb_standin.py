@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from iot_lab.processes import LOOPBACK, Database, wait_for
+from iot_lab.processes import LOOPBACK, CouchDB, wait_for
 
 OPEN, CLOSED, READABLE = "gate-open", "gate-closed", "gate-readable"
 READER = ("reader", "may-not-write-anything")
@@ -28,7 +28,7 @@ WRITERS = """function (doc, old, user) {
 
 
 @pytest.fixture(scope="module")
-def gate(database: Database) -> Iterator[Database]:
+def gate(database: CouchDB) -> Iterator[CouchDB]:
     database.create(OPEN)
     assert database.request("PUT", f"/{CLOSED}").status == 201
     assert database.request("PUT", f"/{CLOSED}/secret", {"n": 1}).status == 201
@@ -59,7 +59,7 @@ def gate(database: Database) -> Iterator[Database]:
     ],
 )
 def test_members_do_not_get_further_than_their_documents(
-    gate: Database, method: str, path: str, body: Any, expected: int
+    gate: CouchDB, method: str, path: str, body: Any, expected: int
 ) -> None:
     assert gate.request(method, path, body, gate.user).status == expected
 
@@ -80,13 +80,13 @@ def test_members_do_not_get_further_than_their_documents(
     ],
 )
 def test_odd_requests_are_refused_and_end_nothing(
-    gate: Database, method: str, path: str, body: Any, expected: int
+    gate: CouchDB, method: str, path: str, body: Any, expected: int
 ) -> None:
     assert gate.request(method, path, body).status == expected
     assert gate.request("GET", f"/{OPEN}", user=gate.user).status == 200
 
 
-def test_passwords_are_stored_hashed(gate: Database) -> None:
+def test_passwords_are_stored_hashed(gate: CouchDB) -> None:
     user = f"/_users/org.couchdb.user:{gate.user[0]}"
     document = gate.request("GET", user).body
     assert "password" not in document
@@ -96,7 +96,7 @@ def test_passwords_are_stored_hashed(gate: Database) -> None:
 
 
 @pytest.fixture(scope="module")
-def readable(database: Database) -> Iterator[Database]:
+def readable(database: CouchDB) -> Iterator[CouchDB]:
     """A database that one member may write to and another may not."""
     database.create(READABLE)
     name, password = READER
@@ -109,7 +109,7 @@ def readable(database: Database) -> Iterator[Database]:
     assert database.request("DELETE", f"/{READABLE}").status == 200
 
 
-def let_write(database: Database, *names: str) -> None:
+def let_write(database: CouchDB, *names: str) -> None:
     path = f"/{READABLE}/_design/writers"
     known = database.request("GET", path)
     rev = {"_rev": known.body["_rev"]} if known.status == 200 else {}
@@ -117,7 +117,7 @@ def let_write(database: Database, *names: str) -> None:
     assert database.request("PUT", path, {"validate_doc_update": function, **rev}).status == 201
 
 
-def test_readers_read(readable: Database) -> None:
+def test_readers_read(readable: CouchDB) -> None:
     assert readable.request("PUT", f"/{READABLE}/read", {"n": 1}, readable.user).status == 201
     assert readable.request("GET", f"/{READABLE}/read", user=READER).body["n"] == 1
     query = {"selector": {"n": 1}}
@@ -142,7 +142,7 @@ def test_readers_read(readable: Database) -> None:
         ("PUT", "/_local/mine", {"_id": "new"}),
     ],
 )
-def test_readers_do_not_write(readable: Database, method: str, path: str, body: Any) -> None:
+def test_readers_do_not_write(readable: CouchDB, method: str, path: str, body: Any) -> None:
     kept = f"/{READABLE}/kept"
     readable.request("PUT", kept, {"n": 1}, readable.user)
     before = readable.request("GET", f"/{READABLE}").body
@@ -151,7 +151,7 @@ def test_readers_do_not_write(readable: Database, method: str, path: str, body: 
     assert readable.request("GET", f"/{READABLE}").body == before
 
 
-def test_bulks_of_readers_are_refused_by_document(readable: Database) -> None:
+def test_bulks_of_readers_are_refused_by_document(readable: CouchDB) -> None:
     documents = {"docs": [{"_id": "a"}, {"n": 1}, None]}
     refused = readable.request("POST", f"/{READABLE}/_bulk_docs", documents, READER)
     assert refused.status == 201
@@ -159,7 +159,7 @@ def test_bulks_of_readers_are_refused_by_document(readable: Database) -> None:
     assert readable.request("GET", f"/{READABLE}/a").status == 404
 
 
-def test_validation_sees_what_is_stored(readable: Database) -> None:
+def test_validation_sees_what_is_stored(readable: CouchDB) -> None:
     once = "function (doc, old) { if (old && old.n !== doc.n) throw({forbidden: 'n stays.'}); }"
     path = f"/{READABLE}/_design/once"
     made = readable.request("PUT", path, {"validate_doc_update": once})
@@ -178,7 +178,7 @@ def test_validation_sees_what_is_stored(readable: Database) -> None:
     assert readable.request("PUT", url, {"n": 2, "_rev": rev}, readable.user).status == 201
 
 
-def test_new_writers_may_write_at_once(readable: Database) -> None:
+def test_new_writers_may_write_at_once(readable: CouchDB) -> None:
     let_write(readable, readable.USER, READER[0])
     assert readable.request("PUT", f"/{READABLE}/let-in", {}, READER).status == 201
     let_write(readable, readable.USER)
@@ -201,7 +201,7 @@ def make_certificate(folder: Path, name: str) -> Path:
     return path
 
 
-class TlsDatabase(Database):
+class TlsCouchDB(CouchDB):
     """A stand-in that speaks https."""
 
     def __init__(self, folder: Path, certificate: Path) -> None:
@@ -234,7 +234,7 @@ class TlsDatabase(Database):
 def test_https_takes_up_new_certificates(tmp_path: Path) -> None:
     certificate = make_certificate(tmp_path, "host")
     first = certificate.read_text()
-    with TlsDatabase(tmp_path, certificate) as server:
+    with TlsCouchDB(tmp_path, certificate) as server:
         trusting = ssl.create_default_context(cafile=certificate)
         assert server.is_up(trusting)
         with pytest.raises(ssl.SSLCertVerificationError):

@@ -6,19 +6,19 @@ from collections.abc import Iterator
 
 import pytest
 
-from iot_lab.processes import Database
+from iot_lab.processes import CouchDB
 
 NAME = "contract"
 
 
 @pytest.fixture
-def store(database: Database) -> Iterator[Database]:
+def store(database: CouchDB) -> Iterator[CouchDB]:
     database.create(NAME)
     yield database
     assert database.request("DELETE", f"/{NAME}").status == 200
 
 
-def test_a_stale_revision_is_a_conflict(store: Database) -> None:
+def test_a_stale_revision_is_a_conflict(store: CouchDB) -> None:
     first = store.request("PUT", f"/{NAME}/a", {"n": 1}, store.user)
     assert (first.status, first.body["ok"], first.body["rev"][:2]) == (201, True, "1-")
     assert store.request("PUT", f"/{NAME}/a", {"n": 2}, store.user).status == 409
@@ -29,7 +29,7 @@ def test_a_stale_revision_is_a_conflict(store: Database) -> None:
     assert store.request("GET", f"/{NAME}/a", user=store.user).body["n"] == 2
 
 
-def test_bulk_docs_answers_for_each_document(store: Database) -> None:
+def test_bulk_docs_answers_for_each_document(store: CouchDB) -> None:
     old = store.request("PUT", f"/{NAME}/old", {"n": 1}, store.user).body["rev"]
     docs = [{"_id": "new"}, {"_id": "old"}, {"_id": "old", "_rev": old, "n": 2}]
     answer = store.request("POST", f"/{NAME}/_bulk_docs", {"docs": docs[:2]}, store.user)
@@ -41,7 +41,7 @@ def test_bulk_docs_answers_for_each_document(store: Database) -> None:
     assert answer.body[0]["rev"][:2] == "2-"
 
 
-def test_all_docs_by_keys_and_by_range(store: Database) -> None:
+def test_all_docs_by_keys_and_by_range(store: CouchDB) -> None:
     docs = [{"_id": name, "n": name} for name in ("a", "b", "c", "d")]
     assert store.request("POST", f"/{NAME}/_bulk_docs", {"docs": docs}, store.user).status == 201
     path = f"/{NAME}/_all_docs?include_docs=true"
@@ -52,7 +52,7 @@ def test_all_docs_by_keys_and_by_range(store: Database) -> None:
     assert [row["id"] for row in rows] == ["b", "c"]
 
 
-def test_nobody_comes_in_without_the_right_password(store: Database) -> None:
+def test_nobody_comes_in_without_the_right_password(store: CouchDB) -> None:
     name, _password = store.user
     for path in (f"/{NAME}", f"/{NAME}/_all_docs", "/_all_dbs", "/_users/_all_docs"):
         for user in (None, (name, "wrong"), ("admin", "admin"), (name, "")):
@@ -62,7 +62,7 @@ def test_nobody_comes_in_without_the_right_password(store: Database) -> None:
     assert store.request("GET", "/_up", user=None).status == 200
 
 
-def test_the_user_may_use_its_database_and_make_none(store: Database) -> None:
+def test_the_user_may_use_its_database_and_make_none(store: CouchDB) -> None:
     assert store.request("PUT", "/another", user=store.user).status in (401, 403)
     assert store.request("DELETE", f"/{NAME}", user=store.user).status in (401, 403)
     assert store.request("PUT", "/closed").status == 201
@@ -73,7 +73,7 @@ def test_the_user_may_use_its_database_and_make_none(store: Database) -> None:
     assert store.request("GET", "/nowhere", user=store.admin).status == 404
 
 
-def test_what_was_acknowledged_survives_a_kill(store: Database) -> None:
+def test_what_was_acknowledged_survives_a_kill(store: CouchDB) -> None:
     docs = [{"_id": f"{n:04}", "data": "x" * 3000} for n in range(500)]
     rows = store.request("POST", f"/{NAME}/_bulk_docs", {"docs": docs}, store.user).body
     assert all(row.get("ok") for row in rows)

@@ -1,14 +1,24 @@
-"""Storage between a real broker and a real database."""
+"""Storage between a real broker and a real database, of each kind."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from kafka import KafkaProducer
 
-from iot_lab.processes import Pipeline, wait_for
+from iot_lab.processes import Database, Pipeline, wait_for
 from iot_pipeline.schema import ImageMessage, PredictionMessage, now, uuid7
+
+
+@pytest.fixture(params=["database", "mongodb"])
+def pipeline(
+    request: pytest.FixtureRequest, make_pipeline: Callable[[Database], Pipeline]
+) -> Iterator[Pipeline]:
+    with make_pipeline(request.getfixturevalue(request.param)) as pipeline:
+        yield pipeline
 
 
 def make_messages(data: bytes = b"bytes of an image") -> tuple[ImageMessage, PredictionMessage]:
@@ -94,6 +104,32 @@ def test_a_database_outage_pauses_storage_and_loses_nothing(pipeline: Pipeline) 
     assert len(pipeline.documents()) == 40
     assert pipeline.broker.members(group) == members
     assert "sink up" in store.output()
+
+
+def test_other_commands_find_the_store_by_its_url(pipeline: Pipeline, tmp_path: Path) -> None:
+    pipeline.store().start().wait_ready()
+    messages = [make_messages() for _ in range(10)]
+    for message in (each for pair in messages for each in pair):
+        is_image = isinstance(message, ImageMessage)
+        topic = pipeline.image_topic if is_image else pipeline.prediction_topic
+        pipeline.broker.send(topic, message.encode(), message.key)
+    wait_for(lambda: pipeline.complete() == 10, "the documents", 60)
+    status, audit = pipeline.audit("--grace", "0", "--expect", "10")
+    assert (status, audit["stored"], audit["predicted"], audit["missing"]) == (0, 10, 10, 0)
+
+    done = pipeline.run("backup", str(tmp_path / "b"), "--json")
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    url = pipeline.database_environment["IOT_STORE_URL"]
+    assert (made["documents"], made["database"]) == (10, url.rpartition("/")[2])
+    copy = f"{pipeline.database_name}-copy"
+    pipeline.database.create(copy)
+    other = pipeline.database.environment(copy)["IOT_STORE_URL"]
+    done = pipeline.run("restore", str(tmp_path / "b"), "--store-url", other)
+    assert (done.returncode, other.rpartition("/")[2] in done.stdout) == (0, True), done
+    done = pipeline.run("restore", str(tmp_path / "b"), "--compare", "--json", "--store-url", other)
+    assert json.loads(done.stdout)["identical"] == 10
+    assert pipeline.database.documents(copy).keys() == pipeline.documents().keys()
 
 
 @pytest.mark.parametrize("stop_while", ["down", "up"])

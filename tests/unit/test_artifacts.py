@@ -1,6 +1,7 @@
 """What the lab builds: the same bytes each time, and nothing that was not recorded."""
 
 import hashlib
+import re
 import subprocess
 import tarfile
 from pathlib import Path
@@ -100,14 +101,14 @@ def test_jars_must_be_those_that_were_recorded(tmp_path: Path, tamper: str) -> N
     for name in ("a.jar", "b.jar"):
         (tmp_path / name).write_text(name)
     listing = tmp_path / "jars.sha256"
-    artifacts._write_checksums(tmp_path, listing)
-    artifacts._verify_checksums(tmp_path, listing)
+    artifacts._write_checksums("kafka", tmp_path, listing)
+    artifacts._verify_checksums("kafka", tmp_path, listing)
     if tamper == "missing":
         (tmp_path / "b.jar").unlink()
     else:
         (tmp_path / ("b.jar" if tamper == "changed" else "c.jar")).write_text("other")
     with pytest.raises(artifacts.ArtifactError, match=r"[bc]\.jar"):
-        artifacts._verify_checksums(tmp_path, listing)
+        artifacts._verify_checksums("kafka", tmp_path, listing)
 
 
 def test_the_recorded_jars_are_those_of_the_versions_that_can_be_built() -> None:
@@ -119,6 +120,17 @@ def test_the_recorded_jars_are_those_of_the_versions_that_can_be_built() -> None
         recorded = (KAFKA / listing).read_text()
         assert f"kafka_{scala}-{kafka}.jar" in recorded
         assert f"kafka-tools-{kafka}.jar" in recorded
+
+
+def test_the_standin_s_recorded_jars_are_those_of_its_versions() -> None:
+    mongodb = artifacts.SOURCES / "mongodb"
+    pinned = re.findall(
+        r"<artifactId>(.+)</artifactId>\s*<version>(.+)</version>\s*</dependency>",
+        (mongodb / "pom.xml").read_text(),
+    )
+    jars = (mongodb / "jars.sha256").read_text()
+    assert pinned
+    assert all(f"{name}-{version}.jar" in jars for name, version in pinned)
 
 
 def test_every_tool_runs_its_class(tmp_path: Path) -> None:
@@ -177,7 +189,11 @@ def test_no_java_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments, said",
-    [(["kafak"], "unknown artifact kafak"), (["couchdb", "--write-checksums"], "kafka alone")],
+    [
+        (["kafak"], "unknown artifact kafak"),
+        (["couchdb", "--write-checksums"], "for mongodb, or one version of kafka"),
+        (["kafka", "mongodb", "--write-checksums"], "alone"),
+    ],
 )
 def test_wrong_arguments_are_told(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]

@@ -127,10 +127,10 @@ def test_waiting_ends_at_once_when_asked_to_stop() -> None:
 def test_the_log_holds_no_password(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     secret = tmp_path / "password"
     secret.write_text("hush")
-    with Service(StoreSettings(couchdb_user="iot", couchdb_password_file=str(secret))):
+    with Service(StoreSettings(store_user="iot", store_password_file=str(secret))):
         pass
     set_up_logging("info")
     Log("test").info("end")
     text = capfd.readouterr().err
-    assert "couchdb_user=iot" in text
+    assert "store_user=iot" in text
     assert "hush" not in text

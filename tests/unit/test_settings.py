@@ -52,16 +52,16 @@ def test_a_flag_wins_over_the_environment_over_the_file_over_the_default(tmp_pat
 
 
 def test_the_service_s_own_file_is_found(tmp_path: Path) -> None:
-    (tmp_path / "iot-storage.env").write_text("IOT_COUCHDB_DATABASE=other\n")
-    assert load(StoreSettings, environment={}).couchdb_database == "other"
+    (tmp_path / "iot-storage.env").write_text("IOT_STORE_URL=couchdb://db/other\n")
+    assert load(StoreSettings, environment={}).store_address.name == "other"
     assert load(InferSettings, environment={}).model == "shipped"
 
 
 def test_the_audit_uses_the_store_s_file_unless_it_has_its_own(tmp_path: Path) -> None:
-    (tmp_path / "iot-storage.env").write_text("IOT_COUCHDB_DATABASE=store\n")
-    assert load(AuditSettings, environment={}).couchdb_database == "store"
-    (tmp_path / "iot-audit.env").write_text("IOT_COUCHDB_DATABASE=audit\n")
-    assert load(AuditSettings, environment={}).couchdb_database == "audit"
+    (tmp_path / "iot-storage.env").write_text("IOT_STORE_USER=store\nIOT_STORE_PASSWORD_FILE=/p\n")
+    assert load(AuditSettings, environment={}).store_user == "store"
+    (tmp_path / "iot-audit.env").write_text("IOT_STORE_USER=audit\nIOT_STORE_PASSWORD_FILE=/p\n")
+    assert load(AuditSettings, environment={}).store_user == "audit"
 
 
 def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_file_of_the_service_that_cannot_be_read_is_told(
         raise PermissionError(13, f"{path} {encoding}")
 
     monkeypatch.setattr(Path, "read_text", refuse)
-    assert load(StoreSettings, environment={}).couchdb_database == "img_db"
+    assert load(StoreSettings, environment={}).store_address.name == "img_db"
     assert "sudo" in capsys.readouterr().err
     load(StoreSettings, environment={"INVOCATION_ID": "by systemd"})
     assert capsys.readouterr().err == ""
@@ -198,16 +198,61 @@ def test_no_setting_holds_a_secret() -> None:
     for command in COMMANDS:
         names = set(describe(load(command.settings, environment={})))
         secret = {name for name in names if "password" in name}
-        assert secret <= {"couchdb_password_file", "sasl_password_file"}
+        assert secret <= {"store_password_file", "sasl_password_file"}
+
+
+@pytest.mark.parametrize(
+    "url,place,name,tls",
+    [
+        ("couchdb://db/img_db", "db:5984", "img_db", False),
+        ("couchdb://db/img_db?tls=true", "db:6984", "img_db", True),
+        ("couchdb://[::1]:1/img_db?tls=false", "[::1]:1", "img_db", False),
+        ("mongodb://db/kafka_db.image", "db:27017", "kafka_db.image", False),
+        ("mongodb://a,b:2/kafka_db.of.three?tls=true", "a:27017,b:2", "kafka_db.of.three", True),
+    ],
+)
+def test_where_documents_are_stored_is_one_url(url: str, place: str, name: str, tls: bool) -> None:
+    address = load(StoreSettings, environment={"IOT_STORE_URL": url}).store_address
+    assert (address.place, address.name, address.tls) == (place, name, tls)
+    assert address.options == {}
+
+
+def test_a_url_s_other_options_are_for_the_database_s_client() -> None:
+    url = "mongodb://db/kafka_db.image?tls=true&replicaSet=rs0&retryWrites=false&authSource=a%2Db"
+    address = load(StoreSettings, environment={"IOT_STORE_URL": url}).store_address
+    assert (address.database, address.collection) == ("kafka_db", "image")
+    assert address.options == {"replicaSet": "rs0", "retryWrites": "false", "authSource": "a-b"}
 
 
 @pytest.mark.parametrize(
     "environment,words",
     [
-        ({"IOT_COUCHDB_URL": "http://admin:hush@db:5984"}, "IOT_COUCHDB_PASSWORD_FILE"),
-        ({"IOT_COUCHDB_URL": "hptt://admin:hush@db:5984"}, "IOT_COUCHDB_PASSWORD_FILE"),
-        ({"IOT_COUCHDB_URL": "db:5984"}, "must be a URL"),
-        ({"IOT_COUCHDB_USER": "iot"}, "needs IOT_COUCHDB_PASSWORD_FILE"),
+        ({"IOT_STORE_URL": "couchdb://admin:hush@db/img_db"}, "IOT_STORE_PASSWORD_FILE"),
+        ({"IOT_STORE_URL": "hptt://admin:hush@db/img_db"}, "IOT_STORE_PASSWORD_FILE"),
+        ({"IOT_STORE_URL": "mongodb://admin:hush@db/kafka_db.image"}, "IOT_STORE_PASSWORD_FILE"),
+        ({"IOT_STORE_URL": "db:5984"}, "must be a URL such as couchdb://.* or mongodb://"),
+        ({"IOT_STORE_URL": "http://db:5984/img_db"}, "must be a URL such as couchdb://"),
+        ({"IOT_STORE_URL": "mongodb+srv://db/kafka_db.image"}, "must be a URL such as"),
+        ({"IOT_STORE_URL": "couchdb://db:5984"}, "must look like couchdb://"),
+        ({"IOT_STORE_URL": "couchdb://db:5984/"}, "must look like couchdb://"),
+        ({"IOT_STORE_URL": "couchdb://db/one/two"}, "must look like couchdb://"),
+        ({"IOT_STORE_URL": "couchdb://one,two/img_db"}, "must look like couchdb://"),
+        ({"IOT_STORE_URL": "mongodb://db/kafka_db"}, "must look like mongodb://"),
+        ({"IOT_STORE_URL": "mongodb://db/kafka_db."}, "must look like mongodb://"),
+        ({"IOT_STORE_URL": "mongodb://db/.image"}, "must look like mongodb://"),
+        ({"IOT_STORE_URL": "mongodb:///kafka_db.image"}, "'' is no host"),
+        ({"IOT_STORE_URL": "mongodb://a,,b/kafka_db.image"}, "'' is no host"),
+        ({"IOT_STORE_URL": "mongodb://db:70000/kafka_db.image"}, "'db:70000' is no host"),
+        ({"IOT_STORE_URL": "mongodb://db:port/kafka_db.image"}, "'db:port' is no host"),
+        ({"IOT_STORE_URL": "couchdb://db/img_db?tls=yes"}, "tls must be true or false, not 'yes'"),
+        ({"IOT_STORE_URL": "couchdb://db/img_db?password=hush"}, "no option 'password' is known"),
+        (
+            {"IOT_STORE_URL": "mongodb://db/a.b?tlsInsecure=true"},
+            "no option 'tlsInsecure' is known",
+        ),
+        ({"IOT_STORE_URL": "mongodb://db/a.b?tls=true&tls=false"}, "tls needs one value"),
+        ({"IOT_STORE_URL": "mongodb://db/a.b?replicaSet"}, "replicaSet needs one value"),
+        ({"IOT_STORE_USER": "iot"}, "needs IOT_STORE_PASSWORD_FILE"),
     ],
 )
 def test_what_reaches_the_database_is_checked_before_it_is_logged(
@@ -218,19 +263,33 @@ def test_what_reaches_the_database_is_checked_before_it_is_logged(
     assert "hush" not in str(caught.value)
 
 
+STORES = {"couchdb": "img_db", "mongodb": "kafka_db.image"}
+
+
+@pytest.mark.parametrize("scheme", STORES)
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.0.1.1", "[::1]"])
-def test_this_host_s_own_database_may_be_asked_in_the_clear(host: str) -> None:
-    environment = {"IOT_COUCHDB_USER": "iot", "IOT_COUCHDB_PASSWORD_FILE": "/p"}
-    load(StoreSettings, environment=environment | {"IOT_COUCHDB_URL": f"http://{host}:5984"})
+def test_this_host_s_own_database_may_be_asked_in_the_clear(scheme: str, host: str) -> None:
+    environment = {"IOT_STORE_USER": "iot", "IOT_STORE_PASSWORD_FILE": "/p"}
+    url = f"{scheme}://{host}:1/{STORES[scheme]}"
+    load(StoreSettings, environment=environment | {"IOT_STORE_URL": url})
 
 
+@pytest.mark.parametrize("scheme", STORES)
 @pytest.mark.parametrize("host", ["db", "192.168.56.14", "[fe80::1]", "localhost.example.org"])
-def test_no_password_travels_to_another_host_in_the_clear(host: str) -> None:
-    environment = {"IOT_COUCHDB_USER": "iot", "IOT_COUCHDB_PASSWORD_FILE": "/p"}
-    with pytest.raises(ConfigError, match=r"unencrypted.*https://.*IOT_COUCHDB_CA_FILE"):
-        load(StoreSettings, environment=environment | {"IOT_COUCHDB_URL": f"http://{host}:5984"})
-    load(StoreSettings, environment=environment | {"IOT_COUCHDB_URL": f"https://{host}:6984"})
-    load(StoreSettings, environment={"IOT_COUCHDB_URL": f"http://{host}:5984"})
+def test_no_password_travels_to_another_host_in_the_clear(scheme: str, host: str) -> None:
+    environment = {"IOT_STORE_USER": "iot", "IOT_STORE_PASSWORD_FILE": "/p"}
+    url = f"{scheme}://{host}:1/{STORES[scheme]}"
+    with pytest.raises(ConfigError, match=r"to the network: add tls=true.*IOT_STORE_CA_FILE"):
+        load(StoreSettings, environment=environment | {"IOT_STORE_URL": url})
+    load(StoreSettings, environment=environment | {"IOT_STORE_URL": f"{url}?tls=true"})
+    load(StoreSettings, environment={"IOT_STORE_URL": url})
+
+
+def test_one_host_of_many_in_the_clear_is_one_too_many() -> None:
+    environment = {"IOT_STORE_USER": "iot", "IOT_STORE_PASSWORD_FILE": "/p"}
+    environment["IOT_STORE_URL"] = "mongodb://localhost,db/kafka_db.image"
+    with pytest.raises(ConfigError, match="add tls=true"):
+        load(StoreSettings, environment=environment)
 
 
 @pytest.fixture
@@ -285,7 +344,7 @@ def test_how_kafka_is_reached(secure: dict[str, str]) -> None:
             ({name: "/nowhere/file"}, f"{name}: .*No such file")
             for name in (USER[1], "IOT_TLS_CA_FILE", *CERTIFICATE)
         ),
-        ({"IOT_COUCHDB_CA_FILE": "/nowhere/ca"}, "IOT_COUCHDB_CA_FILE: .*No such file"),
+        ({"IOT_STORE_CA_FILE": "/nowhere/ca"}, "IOT_STORE_CA_FILE: .*No such file"),
     ],
 )
 def test_what_does_not_secure_a_connection_is_named(

@@ -45,7 +45,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from iot_pipeline.couch import CouchDatabase
 from iot_pipeline.errors import ConfigError, Exit, InvalidMessage
 from iot_pipeline.progress import Progress
 from iot_pipeline.reading import begins_of, ends_of, parse_moment, read, reading
@@ -72,6 +71,7 @@ from iot_pipeline.schema import (
 )
 from iot_pipeline.service import set_up_logging
 from iot_pipeline.settings import AuditSettings
+from iot_pipeline.stores import open_store
 
 SHOWN_MISSING = 10
 # No limit of a stage: what one refused for its size is in the dead-letter topic.
@@ -360,10 +360,10 @@ def _read_topics(
 def _read_database(
     settings: AuditSettings, ledger: Ledger, since: datetime | None, progress: Progress
 ) -> None:
-    database = CouchDatabase(settings)
-    for count, document in enumerate(database.scan(first_uuid7(since) if since else "")):
-        ledger.saw_document(document)
-        progress.show(f"reading {settings.couchdb_database}: {count + 1} documents")
+    with open_store(settings) as store:
+        for count, document in enumerate(store.scan(first_uuid7(since) if since else "")):
+            ledger.saw_document(document)
+            progress.show(f"reading {store.name}: {count + 1} documents")
     progress.clear()
 
 
@@ -387,7 +387,7 @@ def _table(report: Report, settings: AuditSettings, at: datetime) -> str:
         ("latency p50", seconds(report.latency_p50), "produced to stored with its prediction"),
         ("latency p95", seconds(report.latency_p95), ""),
     ]
-    place = f"{settings.bootstrap_servers} and {settings.couchdb_url}/{settings.couchdb_database}"
+    place = f"{settings.bootstrap_servers} and {settings.store_url}"
     lines = [f"Audit of {place}", f"at {format_time(at)}", ""]
     lines += [f"  {name:<14}{value:>10}   {note}".rstrip() for name, value, note in rows]
     lines.append("")

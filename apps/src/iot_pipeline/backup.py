@@ -27,12 +27,20 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from iot_pipeline.couch import READ_DOCUMENTS, CouchDatabase
 from iot_pipeline.errors import ConfigError, DamagedBackup, Exit, PipelineError
 from iot_pipeline.progress import Progress
-from iot_pipeline.schema import Document, format_time, is_complete, is_uuid7, now, uuid7_time
+from iot_pipeline.schema import (
+    Document,
+    content,
+    format_time,
+    is_complete,
+    is_uuid7,
+    now,
+    uuid7_time,
+)
 from iot_pipeline.service import set_up_logging
 from iot_pipeline.settings import BackupSettings
+from iot_pipeline.stores import READ_DOCUMENTS, Store, open_store
 
 FORMAT = "iot-pipeline backup"
 VERSION = 1
@@ -40,10 +48,6 @@ VERSION = 1
 MAX_LINE_BYTES = 64 * 1024 * 1024
 BUFFER_BYTES = 1024 * 1024
 LOOK_AGAIN_SECONDS = 0.5
-
-# What belongs to the database's state and not to the document (see `schema.merge`), and what a file
-# of lines does not hold. The pipeline makes no attachments.
-_LEFT_OUT = ("_rev", "_attachments")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,7 @@ def _write(file: Any, database: str) -> Iterator[Callable[[Document], None]]:
         def add(document: Document) -> None:
             nonlocal documents
             documents += 1
-            write_line({name: document[name] for name in document if name not in _LEFT_OUT})
+            write_line(content(document))
 
         made_at = format_time(now())
         write_line({"format": FORMAT, "version": VERSION, "database": database, "made_at": made_at})
@@ -213,13 +217,11 @@ class BackupFile:
         return DamagedBackup(f"{self.path} is no whole backup: {problem}")
 
 
-def documents_of(
-    database: CouchDatabase, grace: float, progress: Callable[[str], None]
-) -> Iterator[Document]:
+def documents_of(store: Store, grace: float, progress: Callable[[str], None]) -> Iterator[Document]:
     """Every document of the database, once.
 
     Args:
-        database: the database.
+        store: the database.
         grace: age in seconds up to which a document is given time for the half it lacks.
         progress: called with words on what is waited for.
 
@@ -228,7 +230,7 @@ def documents_of(
     """
     young = now() - timedelta(seconds=grace)
     waiting: list[str] = []
-    for document in database.scan():
+    for document in store.scan():
         identifier = document["_id"]
         if is_complete(document) or not is_uuid7(identifier) or uuid7_time(identifier) < young:
             yield document
@@ -241,7 +243,7 @@ def documents_of(
         halves = []
         for start in range(0, len(waiting), READ_DOCUMENTS):
             # Those that someone has deleted meanwhile are not found.
-            for document in database.read(waiting[start : start + READ_DOCUMENTS]).values():
+            for document in store.read(waiting[start : start + READ_DOCUMENTS]).values():
                 if is_last or is_complete(document):
                     yield document
                 else:
@@ -259,16 +261,15 @@ def run(settings: BackupSettings) -> int:
     """
     set_up_logging("warning")
     path = Path(settings.file)
-    database = CouchDatabase(settings)
     progress = Progress()
     attachments = 0
     try:
-        with new_backup(path, settings.couchdb_database) as add:
-            documents = documents_of(database, settings.grace, progress.show)
+        with open_store(settings) as store, new_backup(path, store.name) as add:
+            documents = documents_of(store, settings.grace, progress.show)
             for count, document in enumerate(documents, start=1):
                 add(document)
                 attachments += "_attachments" in document
-                progress.show(f"reading {settings.couchdb_database}: {count} documents")
+                progress.show(f"reading {store.name}: {count} documents")
         contents = BackupFile(path).check()
     finally:
         progress.clear()

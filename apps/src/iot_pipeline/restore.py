@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from iot_pipeline.backup import BackupFile, Contents, say
-from iot_pipeline.couch import READ_DOCUMENTS, CouchDatabase, chunks
 from iot_pipeline.errors import Exit, PipelineError
 from iot_pipeline.progress import Progress
-from iot_pipeline.schema import Document, merge
+from iot_pipeline.schema import Document, content, merge
 from iot_pipeline.service import set_up_logging
 from iot_pipeline.settings import RestoreSettings
+from iot_pipeline.stores import READ_DOCUMENTS, Store, chunks, open_store
 
 SHOWN = 10
 
@@ -44,10 +44,10 @@ class Comparison:
         if stored is None:
             self.missing += 1
             return
-        found = {name: stored[name] for name in stored if name != "_rev"}
+        found = content(stored)
         if found == saved:
             self.identical += 1
-        elif merge(stored, saved) == found:
+        elif merge(found, saved) == found:
             self.newer += 1
         else:
             self.different += 1
@@ -58,7 +58,7 @@ class Comparison:
         return not self.missing and not self.different
 
 
-def compare(backup: BackupFile, database: CouchDatabase, progress: Progress) -> Comparison:
+def compare(backup: BackupFile, store: Store, progress: Progress) -> Comparison:
     """Look up each document of the backup in the database.
 
     Raises:
@@ -69,14 +69,14 @@ def compare(backup: BackupFile, database: CouchDatabase, progress: Progress) -> 
     for chunk in chunks(backup.documents()):
         for start in range(0, len(chunk), READ_DOCUMENTS):
             few = chunk[start : start + READ_DOCUMENTS]
-            stored = database.read([document["_id"] for document in few])
+            stored = store.read([document["_id"] for document in few])
             for document in few:
                 comparison.add(document, stored.get(document["_id"]))
             progress.show(f"compared {comparison.documents} documents")
     return comparison
 
 
-def merge_into(database: CouchDatabase, backup: BackupFile, progress: Progress) -> Refused:
+def merge_into(store: Store, backup: BackupFile, progress: Progress) -> Refused:
     """Merge all documents of the backup into the database.
 
     Raises:
@@ -87,7 +87,7 @@ def merge_into(database: CouchDatabase, backup: BackupFile, progress: Progress) 
     refused: Refused = {}
     count = 0
     for chunk in chunks(backup.documents()):
-        outcome = database.merge_in({state["_id"]: state for state in chunk}, lambda: None)
+        outcome = store.merge_in({state["_id"]: state for state in chunk}, lambda: None)
         refused |= {identifier: str(why) for identifier, why in outcome.refused.items()}
         count += len(chunk)
         if len(refused) == count:
@@ -112,9 +112,11 @@ def run(settings: RestoreSettings) -> int:
         if settings.check:
             found: Comparison | Refused | None = None
         elif settings.compare:
-            found = compare(backup, CouchDatabase(settings), progress)
+            with open_store(settings) as store:
+                found = compare(backup, store, progress)
         else:
-            found = merge_into(CouchDatabase(settings), backup, progress)
+            with open_store(settings) as store:
+                found = merge_into(store, backup, progress)
     finally:
         progress.clear()
     if found is None:
@@ -130,7 +132,7 @@ def _say_how_they_compare(found: Comparison, contents: Contents, settings: Resto
         print(json.dumps(asdict(contents) | asdict(found)))
     else:
         print(
-            f"Of {found.documents} documents of {settings.file}, {settings.couchdb_database} has "
+            f"Of {found.documents} documents of {settings.file}, {settings.store_address.name} has "
             f"{found.identical} as they are and {found.newer} with more in them; {found.missing} "
             f"are missing and {found.different} differ."
         )
@@ -142,7 +144,7 @@ def _say_what_was_done(refused: Refused, contents: Contents, settings: RestoreSe
     if settings.json:
         print(json.dumps(asdict(contents) | {"restored": restored, "refused": len(refused)}))
     else:
-        print(f"{restored} documents of {settings.file} are in {settings.couchdb_database}")
+        print(f"{restored} documents of {settings.file} are in {settings.store_address.name}")
     for identifier, why in list(refused.items())[:SHOWN]:
         sys.stderr.write(f"iot-pipeline restore: {identifier} is refused: {why}\n")
     if len(refused) > SHOWN:

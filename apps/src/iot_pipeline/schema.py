@@ -467,6 +467,13 @@ def _number_or(text: str | None, otherwise: int) -> int:
 Document = dict[str, Any]
 """A stored document as the database's JSON: `_id`, `_rev`, and the fields below."""
 
+REVISION = "_rev"
+"""Stands for the state of the document that was read, whichever database it is of."""
+
+# What belongs to the database's state and not to the document: which of its states this is, and
+# what CouchDB tells of files attached to it. The pipeline attaches none.
+_STATE = (REVISION, "_attachments")
+
 IMAGE_FIELDS: tuple[str, ...] = ("GroundTruth", "Data", "ContentType", "ProducedAt", "Source")
 PREDICTION_FIELDS: tuple[str, ...] = ("InferredValue", "Confidence", "Model", "InferredAt")
 _IMAGE = {"_id", "ID", *IMAGE_FIELDS}
@@ -480,6 +487,11 @@ STORED_AT = "StoredAt"
 def document(message: Message) -> Document:
     """The document that holds this message alone."""
     return {"_id": message.id, **message.fields()}
+
+
+def content(stored: Document) -> Document:
+    """What is the same in every database: the document without what belongs to one's state."""
+    return {name: value for name, value in stored.items() if name not in _STATE}
 
 
 def is_complete(stored: Document) -> bool:
@@ -506,7 +518,7 @@ def merge(one: Document, other: Document) -> Document:
     merged |= _choose(one, other, IMAGE_FIELDS, "ProducedAt", min)
     merged |= _choose(one, other, PREDICTION_FIELDS, "InferredAt", max)
     for name in one.keys() | other.keys():
-        if name in merged or name == "_rev" or name in IMAGE_FIELDS or name in PREDICTION_FIELDS:
+        if name in merged or name == REVISION or name in IMAGE_FIELDS or name in PREDICTION_FIELDS:
             continue
         values = [state[name] for state in (one, other) if name in state]
         merged[name] = (min if name == STORED_AT else max)(values, key=_canonical)

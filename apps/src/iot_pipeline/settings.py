@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
-from urllib.parse import urlsplit
+from urllib.parse import unquote
 
 from iot_pipeline.errors import ConfigError
 
@@ -377,59 +377,187 @@ class PrepareModelSettings(ModelSettings, CommandSettings):
     )
 
 
+@dataclass(frozen=True, slots=True)
+class StoreAddress:
+    """What IOT_STORE_URL says."""
+
+    scheme: str
+    hosts: tuple[tuple[str, int], ...]
+    """Names or addresses with their ports."""
+    database: str
+    collection: str
+    """Empty where a database is no more than one collection."""
+    tls: bool
+    options: Mapping[str, str]
+    """The URL's other options, which are for the database's client."""
+
+    @property
+    def name(self) -> str:
+        """What is written to, without where it is."""
+        return ".".join(filter(None, (self.database, self.collection)))
+
+    @property
+    def place(self) -> str:
+        """The servers, as URLs have them."""
+        return ",".join(
+            f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts
+        )
+
+    def is_loopback(self) -> bool:
+        """Whether nothing that is sent there leaves this host."""
+        return all(_is_loopback(host) for host, _ in self.hosts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scheme:
+    """How the URL of one kind of database looks."""
+
+    example: str
+    port: int
+    tls_port: int
+    has_collections: bool = False
+    many_hosts: bool = False
+    options: tuple[str, ...] = ()
+
+
+_SCHEMES = {
+    "couchdb": _Scheme("couchdb://127.0.0.1:5984/img_db", 5984, 6984),
+    "mongodb": _Scheme(
+        "mongodb://127.0.0.1:27017/kafka_db.image",
+        27017,
+        27017,
+        has_collections=True,
+        many_hosts=True,
+        # Those of MongoDB's URI that are of use here. Left out is what would hold a secret, check
+        # no certificate, or read what is not confirmed.
+        options=(
+            "authMechanism",
+            "authSource",
+            "compressors",
+            "directConnection",
+            "heartbeatFrequencyMS",
+            "readConcernLevel",
+            "replicaSet",
+            "retryReads",
+            "retryWrites",
+            "tlsCertificateKeyFile",
+            "w",
+        ),
+    ),
+}
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^][:/?#@,\s]+)(?::([0-9]{1,5}))?")
+_STORE_NAME = re.compile(r"""[^\s/\\?#%"]+""")
+
+
+def parse_store_url(url: str) -> StoreAddress:
+    """Read IOT_STORE_URL.
+
+    Raises:
+        ConfigError: it holds credentials, or is no URL of a database.
+    """
+    if "@" in url:
+        raise ConfigError(
+            "IOT_STORE_URL must not hold user and password, since it is logged: set "
+            "IOT_STORE_USER and IOT_STORE_PASSWORD_FILE"
+        )
+    name, _, rest = url.partition("://")
+    scheme = _SCHEMES.get(name)
+    if scheme is None:
+        examples = " or ".join(known.example for known in _SCHEMES.values())
+        raise ConfigError(f"IOT_STORE_URL must be a URL such as {examples}, not {url!r}")
+    path, _, query = rest.partition("?")
+    authority, _, path = path.partition("/")
+    options = _store_options(query, ("tls", *scheme.options))
+    tls = options.pop("tls", "false")
+    if tls not in ("true", "false"):
+        raise ConfigError(f"IOT_STORE_URL: tls must be true or false, not {tls!r}")
+    hosts = _store_hosts(authority, scheme.tls_port if tls == "true" else scheme.port)
+    database, dot, collection = path, "", ""
+    if scheme.has_collections:
+        database, dot, collection = path.partition(".")
+    whole = database and bool(dot) == bool(collection) == scheme.has_collections
+    if not whole or not _STORE_NAME.fullmatch(path) or (len(hosts) > 1 and not scheme.many_hosts):
+        raise ConfigError(f"IOT_STORE_URL must look like {scheme.example}, not {url!r}")
+    return StoreAddress(name, hosts, database, collection, tls == "true", options)
+
+
+def _store_options(query: str, allowed: Sequence[str]) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for pair in filter(None, query.split("&")):
+        option, _, value = pair.partition("=")
+        # Not the value: who knows what someone takes for an option.
+        if option not in allowed:
+            raise ConfigError(
+                f"IOT_STORE_URL: no option {option!r} is known, only {', '.join(allowed)}"
+            )
+        if option in options or not value:
+            raise ConfigError(f"IOT_STORE_URL: {option} needs one value")
+        options[option] = unquote(value)
+    return options
+
+
+def _store_hosts(authority: str, default: int) -> tuple[tuple[str, int], ...]:
+    hosts = []
+    for entry in authority.split(","):
+        match = _HOST.fullmatch(entry)
+        port = int(match[2] or default) if match else 0
+        if not match or not 0 < port < 65536:
+            raise ConfigError(f"IOT_STORE_URL: {entry!r} is no host, nor host:port")
+        hosts.append((match[1].strip("[]"), port))
+    return tuple(hosts)
+
+
 @dataclass(frozen=True, kw_only=True)
-class CouchSettings(CommandSettings):
+class DatabaseSettings(CommandSettings):
     """What every command with the database needs."""
 
-    couchdb_url: str = setting(
-        "http://127.0.0.1:5984", "CouchDB server, without user and password", required=True
+    store_url: str = setting(
+        "couchdb://127.0.0.1:5984/img_db",
+        "the database, without user and password: couchdb://HOST[:PORT]/DATABASE[?tls=true], or "
+        "mongodb://HOST[:PORT][,HOST:PORT…]/DATABASE.COLLECTION[?tls=true&replicaSet=…], with "
+        "options of MongoDB's",
+        required=True,
+        metavar="URL",
     )
-    couchdb_user: str = setting("", "CouchDB user; empty sends no credentials")
-    couchdb_password_file: str = setting(
+    store_user: str = setting("", "user of the database; empty logs in as nobody")
+    store_password_file: str = setting(
         "",
         "file with the user's password; while it is changed, with both, one a line",
         metavar="FILE",
     )
-    couchdb_ca_file: str = setting(
+    store_ca_file: str = setting(
         "",
-        "PEM file of the authorities that may have signed the certificate of an https:// server; "
-        "empty takes this host's",
+        "PEM file of the authorities that may have signed the certificate of a database with "
+        "tls=true; empty takes this host's",
         metavar="FILE",
     )
-    couchdb_database: str = setting("img_db", "CouchDB database", required=True)
-    couchdb_timeout: float = setting(
-        15.0, "longest wait for an answer of CouchDB", unit="seconds", minimum=0.1
+    store_timeout: float = setting(
+        15.0, "longest wait for an answer of the database", unit="seconds", minimum=0.1
     )
+
+    @property
+    def store_address(self) -> StoreAddress:
+        """What the URL says."""
+        return parse_store_url(self.store_url)
 
     def __post_init__(self) -> None:
         """Check the URL before anything logs it.
 
         Raises:
-            ConfigError: it holds credentials, is no URL of a server, or would show the password.
+            ConfigError: it holds credentials, is no URL of a database, or would show the password.
         """
         super().__post_init__()
-        parts = urlsplit(self.couchdb_url)
-        if "@" in self.couchdb_url:
+        address = self.store_address
+        if self.store_user and not self.store_password_file:
+            raise ConfigError("IOT_STORE_USER needs IOT_STORE_PASSWORD_FILE")
+        if self.store_user and not address.tls and not address.is_loopback():
+            # An error, not a warning: by the time that someone reads one, the network has seen it.
             raise ConfigError(
-                "IOT_COUCHDB_URL must not hold user and password, since it is logged: set "
-                "IOT_COUCHDB_USER and IOT_COUCHDB_PASSWORD_FILE"
+                f"IOT_STORE_URL={self.store_url} would show the password of IOT_STORE_USER, or "
+                "what it can be guessed from, to the network: add tls=true to it (and "
+                "IOT_STORE_CA_FILE where this host does not know the authority), or name this host"
             )
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(
-                "IOT_COUCHDB_URL must be a URL such as http://127.0.0.1:5984, not "
-                f"{self.couchdb_url!r}"
-            )
-        if self.couchdb_user and not self.couchdb_password_file:
-            raise ConfigError("IOT_COUCHDB_USER needs IOT_COUCHDB_PASSWORD_FILE")
-        if self.couchdb_user and parts.scheme == "http" and not _is_loopback(parts.hostname):
-            # An error, not a warning: each request would show the password to the network, and by
-            # the time that someone reads a warning it has been shown.
-            raise ConfigError(
-                f"IOT_COUCHDB_URL={self.couchdb_url} would send the password of IOT_COUCHDB_USER "
-                "unencrypted over the network: set an https:// URL (and IOT_COUCHDB_CA_FILE where "
-                "this host does not know the authority), or one of this host itself"
-            )
-        _check_readable("couchdb_ca_file", self.couchdb_ca_file)
+        _check_readable("store_ca_file", self.store_ca_file)
 
 
 def _is_loopback(host: str) -> bool:
@@ -440,12 +568,12 @@ def _is_loopback(host: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoreSettings(CouchSettings, ConsumerSettings):
+class StoreSettings(DatabaseSettings, ConsumerSettings):
     """`iot-pipeline store`."""
 
     SERVICE = "iot-storage"
     SETTINGS_FILES = ("iot-storage",)
-    DESCRIPTION = "Write images and their predictions to CouchDB, one document an image."
+    DESCRIPTION = "Write images and their predictions to a database, one document an image."
 
     group_id: str = setting("iot-storage", "consumer group", required=True)
     max_batch_size: int = setting(
@@ -454,7 +582,7 @@ class StoreSettings(CouchSettings, ConsumerSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuditSettings(CouchSettings, Settings):
+class AuditSettings(DatabaseSettings, Settings):
     """`iot-pipeline audit`."""
 
     SERVICE = "iot-audit"
@@ -487,7 +615,7 @@ class AuditSettings(CouchSettings, Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackupSettings(CouchSettings):
+class BackupSettings(DatabaseSettings):
     """`iot-pipeline backup`."""
 
     SERVICE = "iot-backup"
@@ -512,7 +640,7 @@ class BackupSettings(CouchSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RestoreSettings(CouchSettings):
+class RestoreSettings(DatabaseSettings):
     """`iot-pipeline restore`."""
 
     SERVICE = "iot-restore"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from iot_pipeline.couch import CouchDatabase
 from iot_pipeline.errors import Exit, InvalidMessage
 from iot_pipeline.pipeline import Beat
 from iot_pipeline.schema import (
@@ -20,6 +19,7 @@ from iot_pipeline.schema import (
 )
 from iot_pipeline.service import Log, Service
 from iot_pipeline.settings import StoreSettings
+from iot_pipeline.stores import Store, open_store
 from iot_pipeline.worker import run_stage
 
 log = Log("store")
@@ -39,11 +39,11 @@ class MergedBatch:
 class StoreStage:
     """Images and predictions in, merged documents out; see `pipeline.Stage`."""
 
-    def __init__(self, settings: StoreSettings, database: CouchDatabase) -> None:
+    def __init__(self, settings: StoreSettings, store: Store) -> None:
         self._settings = settings
-        self._database = database
+        self._store = store
         self.topics: Sequence[str] = (settings.image_topic, settings.prediction_topic)
-        self.sink = settings.couchdb_database
+        self.sink = store.name
 
     def decode(self, record: Record) -> Document:
         """Read an image or a prediction, as the topic says."""
@@ -63,7 +63,7 @@ class StoreStage:
 
     def deliver(self, result: MergedBatch, beat: Beat) -> Mapping[int, InvalidMessage]:
         """Merge the documents into the database."""
-        outcome = self._database.merge_in(result.documents, beat)
+        outcome = self._store.merge_in(result.documents, beat)
         self._report(outcome.stored)
         return {
             place: outcome.refused[identifier]
@@ -87,7 +87,6 @@ def run(settings: StoreSettings) -> int:
     Raises:
         PipelineError: with the exit status to end with.
     """
-    with Service(settings) as service:
-        database = CouchDatabase(settings)
-        run_stage(lambda _sender: StoreStage(settings, database), settings, service)
+    with Service(settings) as service, open_store(settings) as store:
+        run_stage(lambda _sender: StoreStage(settings, store), settings, service)
     return Exit.OK

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 from iot_lab import hosts, paths, remote
 from iot_lab.shell import LabError
@@ -232,9 +233,14 @@ class Lab:
         self._databases += 1
         name = f"{DATABASES}{self._databases}"
         request = self._database_request("create", name)
-        request["member"] = self.hosts["storage"].settings["IOT_COUCHDB_USER"]
+        request["member"] = self.hosts["storage"].settings["IOT_STORE_USER"]
         self.hosts["storage"].ask("databases", request)
         return name
+
+    def store_url(self, database: str) -> str:
+        """Where storage finds a database of the benchmark's: beside its own."""
+        own = urlsplit(str(self.hosts["storage"].settings["IOT_STORE_URL"]))
+        return own._replace(path=f"/{database}").geturl()
 
     def ask_database(self, action: str, name: str = DATABASES, timeout: float = 300) -> Any:
         """Run an action of tests/bench/databases.py."""
@@ -262,7 +268,9 @@ class Lab:
 
     def _database_request(self, action: str, name: str = DATABASES) -> dict[str, Any]:
         settings = self.hosts["storage"].settings
-        url, ca_file = (settings.get(f"IOT_COUCHDB_{what}", "") for what in ("URL", "CA_FILE"))
+        store = urlsplit(str(settings["IOT_STORE_URL"]))
+        url = f"{'https' if 'tls=true' in store.query else 'http'}://{store.netloc}"
+        ca_file = settings.get("IOT_STORE_CA_FILE", "")
         return {"action": action, "url": url, "ca_file": ca_file, "name": name}
 
     def unit(

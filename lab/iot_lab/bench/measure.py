@@ -341,7 +341,7 @@ class Measurement:
         done = self._lab.program("inference", settings, "baseline", "infer", str(seconds))
         inferred = done["messages"] / done["seconds"]
         self._keep(inferred, "baseline", "inference_images_per_second")
-        settings["IOT_COUCHDB_DATABASE"] = self._lab.create_database()
+        settings["IOT_STORE_URL"] = self._lab.store_url(self._lab.create_database())
         done = self._lab.program("storage", settings, "baseline", "store", str(seconds))
         stored = done["messages"] / done["seconds"]
         self._keep(stored, "baseline", "storage_messages_per_second")
@@ -367,9 +367,8 @@ class Measurement:
     def _storage(self) -> str:
         documents = self._options.images
         database = self._lab.create_database()
-        unit = self._lab.unit(
-            "storage", {**self._storage_topics(), "IOT_COUCHDB_DATABASE": database}
-        )
+        url = self._lab.store_url(database)
+        unit = self._lab.unit("storage", {**self._storage_topics(), "IOT_STORE_URL": url})
         goal = documents * DELIVERED_BY_STORAGE
         before = self._lab.cpu_seconds("storage", "couchdb")
         samples = self._run("storage", [unit], goal, seconds=600, interval=0.25)
@@ -393,7 +392,7 @@ class Measurement:
         batch = self._lab.hosts["storage"].settings["IOT_MAX_BATCH_SIZE"]
         settings = {
             **self._storage_topics(),
-            "IOT_COUCHDB_DATABASE": self._lab.create_database(),
+            "IOT_STORE_URL": self._lab.store_url(self._lab.create_database()),
         }
         words = ("bulk_docs", str(self._options.images), str(batch))
         before = self._lab.cpu_seconds("storage", "couchdb")
@@ -508,7 +507,8 @@ class Measurement:
         }
         database = self._lab.create_database()
         infer = self._lab.unit("inference", topics)
-        store = self._lab.unit("storage", {**topics, "IOT_COUCHDB_DATABASE": database})
+        url = self._lab.store_url(database)
+        store = self._lab.unit("storage", {**topics, "IOT_STORE_URL": url})
         self._start("inference", [infer])
         self._start("storage", [store])
         repetitions = self._options.repetitions
@@ -569,11 +569,11 @@ class Measurement:
             "IOT_IMAGE_TOPIC": self._topic("images"),
             "IOT_PREDICTION_TOPIC": self._topic("predictions"),
         }
-        database = self._lab.create_database()
+        url = self._lab.store_url(self._lab.create_database())
         delivered = {"inference": 1, "storage": DELIVERED_BY_STORAGE, "producer": 1}
         units = {
             "inference": self._lab.unit("inference", topics),
-            "storage": self._lab.unit("storage", {**topics, "IOT_COUCHDB_DATABASE": database}),
+            "storage": self._lab.unit("storage", {**topics, "IOT_STORE_URL": url}),
             "producer": self._lab.unit(
                 "producer", {**topics, "IOT_COUNT": str(count), "IOT_INTERVAL": "0"}
             ),

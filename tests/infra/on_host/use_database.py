@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from iot_pipeline.access import Tls
 from iot_pipeline.settings import AuditSettings, DatabaseSettings, StoreSettings, load
@@ -87,22 +86,21 @@ def login(who: str) -> tuple[DatabaseSettings, str, str]:
 
 def ask_couchdb(who: str, what: str, document: str) -> str:
     settings, user, password = login(who)
-    server = urlsplit(settings.store_url)
-    host = server.hostname or ""
-    words = {"database": server.path[1:], "document": document, "rev": "1-0"}
+    address = settings.store_address
+    words = {"database": address.database, "document": document, "rev": "1-0"}
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     if user:
         text = base64.b64encode(f"{user}:{password}".encode()).decode()
         headers["Authorization"] = f"Basic {text}"
 
     def send(method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        if "tls=true" in server.query:
+        if address.tls:
             context = Tls(settings.store_ca_file).context()
             connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                host, server.port, timeout=10, context=context
+                address.place, timeout=10, context=context
             )
         else:
-            connection = http.client.HTTPConnection(host, server.port, timeout=10)
+            connection = http.client.HTTPConnection(address.place, timeout=10)
         sent = None if body is None else json.dumps(body)
         connection.request(method, path.format_map(words), sent, headers)
         answer = connection.getresponse()
@@ -123,20 +121,19 @@ def ask_mongodb(who: str, what: str, document: str) -> str:
     from pymongo.errors import OperationFailure
 
     settings, user, password = login(who)
-    server = urlsplit(settings.store_url)
-    database, _, collection = server.path[1:].partition(".")
-    options: dict[str, Any] = {}
+    address = settings.store_address
+    options: dict[str, Any] = {"tls": address.tls, **address.options}
     if settings.store_ca_file:
         options["tlsCAFile"] = settings.store_ca_file
     if user:
-        source = "admin" if who.endswith("of another database") else database
+        source = "admin" if who.endswith("of another database") else address.database
         options |= {"username": user, "password": password, "authSource": source}
     client: Any
     with MongoClient(
-        f"mongodb://{server.netloc}/?{server.query}", serverSelectionTimeoutMS=10_000, **options
+        address.place.split(","), serverSelectionTimeoutMS=10_000, **options
     ) as client:
         try:
-            COMMANDS[what](client[database], collection, document)
+            COMMANDS[what](client[address.database], address.collection, document)
         except OperationFailure as error:
             if error.code in {NOT_AUTHORIZED, NOT_AUTHENTICATED}:
                 return "refused"
@@ -145,7 +142,7 @@ def ask_mongodb(who: str, what: str, document: str) -> str:
 
 
 def main(asked: dict[str, Any]) -> None:
-    store = urlsplit(load(AuditSettings).store_url).scheme
+    store = load(AuditSettings).store_address.scheme
     ask = {"couchdb": ask_couchdb, "mongodb": ask_mongodb}[store]
     print(json.dumps([ask(who, what, asked["document"]) for who, what in asked["asks"]]))
 
