@@ -26,4 +26,5 @@ echo "now $(date +%s)"
 echo units
 systemctl show --timestamp=unix \
     --property=Id,LoadState,ActiveState,SubState,ActiveEnterTimestamp,NRestarts \
-    kafka.service couchdb.service iot-producer.service iot-inference.service iot-storage.service
+    kafka.service couchdb.service mongod.service \
+    iot-producer.service iot-inference.service iot-storage.service

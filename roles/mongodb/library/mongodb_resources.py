@@ -155,7 +155,7 @@ class Server:
 
     @contextmanager
     def connect(
-        self, login: Mapping[str, str] | None = None, *, alone: bool = False
+        self, login: Mapping[str, Any] | None = None, *, alone: bool = False
     ) -> Iterator[Any]:
         """Give a client: of the set whose primary it finds, or of this server alone."""
         from pymongo import MongoClient
