@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from iot_lab import artifacts, hosts
+from iot_lab import artifacts, hosts, paths
 from iot_lab.drills import drill, faults, page, run
 from iot_lab.drills.watch import STAGES, Watch
 from iot_lab.hosts import Machine
@@ -19,6 +19,7 @@ def machine(name: str, *groups: str) -> Machine:
     return Machine(name, "192.168.56.9", 512, 1, "debian13", groups)
 
 
+FOLDER = paths.ROOT / "molecule"
 LAB = [
     machine("p", "producers"),
     machine("b1", "kafka_brokers"),
@@ -54,7 +55,7 @@ def test_every_action_is_known_how_to_do_and_documented() -> None:
     assert [action for action in drill.ACTIONS if f"`{action}:" not in words] == []
 
 
-def test_some_are_short_enough_for_the_tests() -> None:
+def test_some_are_short() -> None:
     short = [found for name in drill.names() if (found := drill.load(name)).short]
     assert short
     assert sum(step.seconds for found in short for step in found.steps) <= 120
@@ -92,6 +93,15 @@ def test_a_busy_machine_is_judged_by_the_audit_alone() -> None:
     kept = drill.Step("stop", "x", unsaid="refused", sends_dead_letters=3)
     found = drill.judged_by_the_audit(drill.Drill("x", "x", [step, kept]))
     assert found.steps == [drill.Step("stop", "x"), kept]
+
+
+@pytest.mark.parametrize("scenario", sorted(FOLDER.glob("*/molecule.yml")), ids=str)
+def test_molecule_runs_drills_that_there_are(scenario: Path) -> None:
+    said = yaml.safe_load(scenario.read_text())
+    named = said["ansible"].get("env", {}).get("DRILLS", "").split()
+    assert set(named) <= set(drill.names())
+    sequence = said["scenario"]["test_sequence"]
+    assert bool(named) == ("side_effect ../shared/drill.yml" in sequence)
 
 
 def test_what_a_topology_lacks_is_said() -> None:

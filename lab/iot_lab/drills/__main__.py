@@ -63,7 +63,7 @@ def _list() -> None:
     known = [drills.load(name) for name in drills.names()]
     rows = [(d.name, "short" if d.short else "", d.summary) for d in known]
     say(table(("DRILL", "", "WHAT HAPPENS"), rows))
-    say("\nmake drill NAME=all runs all, NAME=short those that the tests run.")
+    say("\nmake drill NAME=all runs all, NAME=short the quick ones.")
 
 
 def _run(options: argparse.Namespace) -> int:

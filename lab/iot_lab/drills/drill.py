@@ -51,7 +51,7 @@ class Drill:
     name: str
     summary: str
     steps: Sequence[Step]
-    short: bool = False  # one of those that the tests run
+    short: bool = False  # one of the quick ones
     rate: float = 50  # images per second meanwhile
     needs: Mapping[str, int] = field(default_factory=dict)  # group: how many hosts at least
     artifacts: Sequence[str] = ()  # what the lab builds besides, as in `lab artifacts`
