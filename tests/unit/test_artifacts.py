@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -173,6 +174,28 @@ def test_scripts_pass_the_environment_to_java(tmp_path: Path) -> None:
     assert arguments[:2] == ["-Xms1m", "-Xmx2m"]
     assert {"-Da=b", "-Dkafka.logs.dir=/log/dir"} <= set(arguments)
     assert arguments[-2:] == ["Some.Class", "an argument"]
+
+
+def test_the_standin_is_started_from_anywhere(tmp_path: Path) -> None:
+    script = tmp_path / "mongodb-standin" / "bin" / "mongodb-standin"
+    script.parent.mkdir(parents=True)
+    shutil.copy2(artifacts.SOURCES / "mongodb" / "bin" / "mongodb-standin", script)
+    link = tmp_path / "link"
+    link.symlink_to(script)
+    java = tmp_path / "java"
+    java.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    java.chmod(0o755)
+    done = subprocess.run(
+        [link],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "MONGODB_JAVA_OPTS": "-Xmx1m -Da=b"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *options, _classes, classpath, main = done.stdout.splitlines()
+    assert (options, main) == (["-Xmx1m", "-Da=b"], "MongodbStandin")
+    home = script.parents[1]
+    assert classpath == f"{home}/lib/*:{home}/classes"
 
 
 def test_no_java_is_told(tmp_path: Path) -> None:

@@ -222,6 +222,7 @@ def test_check_and_compare_exclude_each_other(capsys: pytest.CaptureFixture[str]
     "stored,expected",
     [
         ({"_id": "i", "_rev": "1-a", "Note": "b"}, "identical"),
+        ({"_id": "i", "_rev": None, "Note": "b", "_attachments": {}}, "identical"),
         ({"_id": "i", "_rev": "1-a", "Note": "b", "More": 1}, "newer"),
         ({"_id": "i", "_rev": "1-a", "Note": "c"}, "newer"),
         ({"_id": "i", "_rev": "1-a", "Note": "a"}, "different"),
