@@ -112,8 +112,8 @@ def ssh_key() -> Path:
 def passwords() -> None:
     """Make up the passwords of the lab's hosts that there are not yet, in files for you alone.
 
-    Ansible's lookup `password` could do that. It takes a lock at each reading, waits for it by whole
-    seconds, and gives up after seven: on a busy machine, with all hosts asked at once, it may.
+    Ansible's lookup `password` could do that. It takes a lock at each reading, waits for it by
+    whole seconds, and gives up after seven: on a busy machine with many hosts it may.
     """
     with locked("passwords"):
         paths.SECRETS.mkdir(parents=True, exist_ok=True, mode=0o700)
