@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
 import shutil
+import string
 import subprocess
 import time
 from collections.abc import Sequence
@@ -52,6 +54,24 @@ PROFILES = {
     "train": "what training the model takes",
 }
 
+# What inventory/*/group_vars/all/lab.yml reads.
+PASSWORDS = (
+    "kafka_admin",
+    "kafka_iot-producer",
+    "kafka_iot-inference",
+    "kafka_iot-storage",
+    "kafka_iot-audit",
+    "kafka_iot-operator",
+    "couchdb_admin",
+    "couchdb_iot-storage",
+    "couchdb_iot-audit",
+    "mongodb_admin",
+    "mongodb_iot-storage",
+    "mongodb_iot-audit",
+)
+ALPHABET = string.ascii_letters + string.digits
+LENGTH = 32
+
 # Keyrings of Debian 12's first releases do not know Debian 13.
 NEWEST_KEYRING = Path("/usr/share/keyrings/debian-archive-trixie-stable.gpg")
 
@@ -76,6 +96,7 @@ def environments(profile: str) -> None:
     with locked("environments"):
         if profile in {"lab", "test"}:
             _tools()
+            passwords()
         if profile != "lab":
             _apps()
 
@@ -89,6 +110,21 @@ def ssh_key() -> Path:
             key.unlink(missing_ok=True)
             answer("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "iot-lab", "-f", str(key))
     return key
+
+
+def passwords() -> None:
+    """Make up the passwords of the lab's hosts that there are not yet, in files for you alone.
+
+    Ansible's lookup `password` could do that. It takes a lock at each reading, waits for it by
+    whole seconds, and gives up after seven: on a busy machine with many hosts it may.
+    """
+    with locked("passwords"):
+        paths.SECRETS.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for name in PASSWORDS:
+            file = paths.SECRETS / name
+            if not file.exists():
+                file.touch(mode=0o600)
+                file.write_text("".join(secrets.choice(ALPHABET) for _ in range(LENGTH)) + "\n")
 
 
 def _missing(profile: str) -> list[str]:

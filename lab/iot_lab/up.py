@@ -68,6 +68,7 @@ def prepare(options: Options, *, with_hosts: bool = True) -> None:
     """
     with locked("hosts"):
         setup.ssh_key()
+        setup.passwords()
         with ThreadPoolExecutor(max_workers=2) as pool:
             archives = None if options.official else pool.submit(_archives, options.topology)
             if with_hosts:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from iot_lab import paths, setup
+
 ROOT = Path(__file__).parents[2]
 TRACKED = [
     ROOT / name
@@ -99,3 +101,21 @@ def test_every_inventory_variable_is_used(inventory: Path) -> None:
         and not re.search(rf"\b{name}\b", expressions)
     }
     assert unused == set()
+
+
+def test_the_lab_makes_up_the_passwords_that_its_inventories_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = (ROOT / "inventory").glob("*/group_vars/all/lab.yml")
+    read = {
+        name for file in files for name in re.findall(r"/secrets/([\w-]+)'\)", file.read_text())
+    }
+    assert read == set(setup.PASSWORDS)
+    monkeypatch.setattr(paths, "SECRETS", tmp_path / "secrets")
+    setup.passwords()
+    made = {file.name: file.read_text() for file in paths.SECRETS.iterdir()}
+    assert made.keys() == read
+    assert len(set(made.values())) == len(read)
+    assert {file.stat().st_mode & 0o777 for file in paths.SECRETS.iterdir()} == {0o600}
+    setup.passwords()
+    assert made == {file.name: file.read_text() for file in paths.SECRETS.iterdir()}

@@ -253,7 +253,7 @@ def _logged(command: Sequence[str]) -> None:
     """Run a program, with what it says in a log. Raises LabError with its end when it fails."""
     log = paths.LOGS / "drill.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
+    with log.open("a") as file:
         done = subprocess.run(
             # A control host is elsewhere. Here it shares its cores with hosts that are all busy.
             ["nice", "-n", "-5", *command],
