@@ -209,7 +209,7 @@ def small_disk(lab: Lab, machines: Sequence[Machine], step: Step) -> Iterator[No
 
 
 def _allow_memory(lab: Lab, machine: Machine, megabytes: int) -> None:
-    words = ("update", f"--memory={megabytes}m", "--memory-swap=-1")
+    words = ("update", f"--memory={megabytes}m", f"--memory-swap={2 * megabytes}m")
     engine(*words, lab.container(machine))
 
 
