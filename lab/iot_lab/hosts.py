@@ -292,7 +292,13 @@ def _tell(what: str, container: Container) -> None:
 
 def _remove(found: Sequence[Container]) -> None:
     if found:
-        engine("rm", "--force", "--time", "2", "--volumes", *(entry.id for entry in found))
+        command = ("rm", "--force", "--ignore", "--time", "2", "--volumes")
+        identifiers = [entry.id for entry in found]
+        try:
+            engine(*command, *identifiers)
+        except LabError:
+            # One that ends by itself just then cannot be stopped. Now it has ended.
+            engine(*command, *identifiers)
 
 
 def vagrant(*arguments: str) -> list[str]:
