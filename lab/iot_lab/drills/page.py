@@ -54,7 +54,8 @@ def render(known: Mapping[str, Any]) -> list[str]:
             f"{audit['duplicated']} duplicated, {audit['dead_lettered']} dead letters, "
             f"{seen['failures']:.0f} failed writes tried again"
         )
-        verdict = "" if seen["passed"] else " **did not hold**"
+        wrong = [*seen["wrong"], *(what for row in seen["rows"] for what in row["wrong"])]
+        verdict = f" **did not hold**: {'; '.join(wrong)}" if wrong else ""
         lines.append(
             f"| **{name}** | {seen['summary']} ({seen['topology']}): {judged}{verdict} |"
             + " |" * (3 + len(STAGES))
