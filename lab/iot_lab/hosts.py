@@ -16,7 +16,7 @@ from typing import Any
 
 from iot_lab import paths
 from iot_lab.console import say
-from iot_lab.shell import LabError, answer, engine, first, root_command
+from iot_lab.shell import LabError, answer, engine, first, retried, root_command
 
 NETWORK = "iot-lab"
 LABEL = "iot-lab"
@@ -293,12 +293,8 @@ def _tell(what: str, container: Container) -> None:
 def _remove(found: Sequence[Container]) -> None:
     if found:
         command = ("rm", "--force", "--ignore", "--time", "2", "--volumes")
-        identifiers = [entry.id for entry in found]
-        try:
-            engine(*command, *identifiers)
-        except LabError:
-            # One that ends by itself just then cannot be stopped. Now it has ended.
-            engine(*command, *identifiers)
+        # One that ends by itself just then cannot be stopped, and can be removed once it has ended.
+        retried(2, lambda: engine(*command, *(entry.id for entry in found)), pause=1.0)
 
 
 def vagrant(*arguments: str) -> list[str]:

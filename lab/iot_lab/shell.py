@@ -148,14 +148,14 @@ def logged(
         raise LabError(f"{title} failed with status {status}. The end of {shown(log)}:\n{end}")
 
 
-def retried(attempts: int, work: Callable[[], None], pause: float = 5.0) -> None:
-    """Run work that goes over the network until it succeeds, at most so often.
+def retried(attempts: int, work: Callable[[], object], pause: float = 5.0) -> None:
+    """Run work that may fail by chance until it succeeds, at most so often.
 
     Raises the last LabError. `pause` is in seconds.
     """
     for attempt in range(1, attempts + 1):
         try:
-            return work()
+            work()
         except LabError as error:
             if attempt == attempts or _stopping.is_set():
                 raise
@@ -163,7 +163,8 @@ def retried(attempts: int, work: Callable[[], None], pause: float = 5.0) -> None
             say(f"    {lines[0]} {lines[-1] if len(lines) > 1 else ''}".rstrip())
             say(f"    trying again ({attempt + 1} of {attempts})")
             time.sleep(pause)
-    return None
+        else:
+            return
 
 
 @contextmanager

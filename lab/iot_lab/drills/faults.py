@@ -278,7 +278,7 @@ def rebuild(lab: Lab, machines: Sequence[Machine], step: Step) -> Iterator[None]
     """
     everywhere(lab.named(["producers"]), "systemctl stop iot-producer")
     _until_all_is_stored(lab)
-    backups = paths.STATE / "drill" / "backups"
+    backups = paths.STATE / "drill" / "backups" / lab.topology
     words = ("--extra-vars", json.dumps({"backup_dir": str(backups), "backup_keep": 1}))
     _playbooks(lab, *words, "ansible/playbooks/backup.yml")
     program = str(paths.ROOT / "lab" / "bin" / "lab")
