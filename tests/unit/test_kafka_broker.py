@@ -326,6 +326,41 @@ def test_what_cannot_work_is_refused_with_its_reason(tmp_path: Path) -> None:
         assert 'quote"inside' not in (tmp_path / name).read_text()
 
 
+@pytest.mark.parametrize(
+    "formatted, asked, what",
+    [
+        ("", "abc", "founded"),
+        ("ab", "abc", "joined"),
+        ("a", "ac", "joined"),
+        ("", "c", "a, b cannot tell whether there is a cluster"),
+    ],
+)
+def test_a_cluster_is_founded_only_where_all_say_that_there_is_none(
+    tmp_path: Path, formatted: str, asked: str, what: str
+) -> None:
+    members = {"kafka_broker_controllers": [*"abc"], "kafka_broker_brokers": [*"abc"]}
+    stats = {
+        host: {"__kafka_broker_meta": {"stat": {"exists": host in formatted}}} for host in asked
+    }
+    hosts = {host: members | SCRAM | stats.get(host, {}) for host in "abc"}
+    guard = yaml.safe_load((ROLE / "tasks/format.yml").read_text())[0]["block"][0]
+    answer = {"dest": f"{tmp_path}/answer"}
+    content = (
+        "{{ 'founded' if '--initial-controllers' in _kafka_broker_format_voters else 'joined' }}"
+    )
+    tasks: list[dict[str, Any]] = [
+        {
+            "when": "inventory_hostname == 'c'",
+            "block": [guard, {"ansible.builtin.copy": answer | {"content": content}}],
+            "rescue": [
+                {"ansible.builtin.copy": answer | {"content": "{{ ansible_failed_result.msg }}"}}
+            ],
+        }
+    ]
+    play(tmp_path / "play", hosts, tasks)
+    assert what in (tmp_path / "answer").read_text()
+
+
 INPUTS = ("archive", "properties", "logging", "unit", "started")
 
 
