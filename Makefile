@@ -46,7 +46,7 @@ audit: ## Is every image stored and predicted, once? Asks the storage host; ARGS
 dead-letters: ## Records that were set aside, asked of the storage host: ARGS=list, "replay --reason R" …
 	@$(LAB) dead-letters $(ARGS)
 
-health: ## What is wrong? Hosts, services, brokers, lag, disks; ARGS=--json; exit status for monitoring
+health: ## What is wrong? Hosts, services, brokers, lag, disks; ARGS=--json; its own exit status: lab/bin/lab health
 	@$(LAB) health $(ARGS)
 
 bench: ## Measure the pipeline on the running lab, about half an hour; ARGS=--help

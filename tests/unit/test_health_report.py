@@ -443,7 +443,7 @@ def test_what_is_critical_comes_first_and_is_told_with_what_to_do(world: World) 
     assert found["status"] == "critical"
     lines = health_report.text(found).splitlines()
     assert lines[2].startswith("CRITICAL service-down inference: iot-inference.service")
-    assert "on inference: journalctl -u iot-inference.service" in lines[3]
+    assert "on inference: sudo journalctl -u iot-inference.service" in lines[3]
     assert lines[5].startswith("WARNING disk-full database: /: 90 % used")
 
 
