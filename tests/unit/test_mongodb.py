@@ -197,7 +197,7 @@ def test_writes_are_confirmed_by_a_majority_and_each_stands_alone(
     assert sorted(outcome.stored) == ["a", "b"]
     [insert], [update], [find] = (server.seen[name] for name in ("insert", "update", "find"))
     for command in (insert, update):
-        assert command["writeConcern"] == {"w": "majority"}
+        assert command["writeConcern"] == {"w": "majority", "j": True}
         assert command["ordered"] is False
         assert command["txnNumber"] >= 1  # retryable
         assert 0 < command["maxTimeMS"] <= 2000
@@ -213,7 +213,7 @@ def test_writes_are_confirmed_by_a_majority_and_each_stands_alone(
 def test_the_url_may_choose_otherwise(server: Server, connect: Callable[..., Store]) -> None:
     store = connect("?w=2&readConcernLevel=local&retryWrites=false&replicaSet=rs0")
     store.merge_in({"a": {"_id": "a"}}, nothing)
-    assert server.seen["insert"][0]["writeConcern"] == {"w": 2}
+    assert server.seen["insert"][0]["writeConcern"] == {"w": 2, "j": True}
     assert "txnNumber" not in server.seen["insert"][0]
     assert server.seen["find"][0]["readConcern"] == {"level": "local"}
 

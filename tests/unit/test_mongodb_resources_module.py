@@ -132,8 +132,9 @@ def test_an_index_of_other_fields_is_told() -> None:
 class FakeServer:
     """A server as it is found: it knows a password of the admin, or nobody yet."""
 
-    def __init__(self, password: str | None) -> None:
+    def __init__(self, password: str | None, *, is_secondary: bool = False) -> None:
         self.password = password
+        self.is_secondary = is_secondary
         self.admin = self
 
     def lets_in(self, name: str, password: str, database: str) -> bool:
@@ -145,9 +146,11 @@ class FakeServer:
         yield self
 
     def command(self, command: str, name: str, **arguments: Any) -> None:
-        from pymongo.errors import OperationFailure
+        from pymongo.errors import NotPrimaryError, OperationFailure
 
         assert (command, name, arguments["roles"]) == ("createUser", "admin", ["root"])
+        if self.is_secondary:
+            raise NotPrimaryError("not primary")
         if self.password is not None:
             raise OperationFailure("not authorized", 13)
         self.password = arguments["pwd"]
@@ -162,3 +165,84 @@ def test_the_admin_is_made_where_nobody_has_an_account_and_a_wrong_password_is_t
     for check_mode in (True, False):
         with pytest.raises(mongodb_resources.Problem, match="refuses admin's password"):
             ensure_admin(server, "admin", "y", check_mode=check_mode)
+
+
+def test_the_first_account_is_made_at_the_primary_alone() -> None:
+    pytest.importorskip("pymongo")
+    with pytest.raises(mongodb_resources.Problem, match="another member has become the primary"):
+        mongodb_resources.ensure_admin(
+            FakeServer(None, is_secondary=True), "admin", "x", check_mode=False
+        )
+
+
+SECONDARY = {"setName": "rs0", "secondary": True}
+PRIMARY = {"setName": "rs0", "isWritablePrimary": True}
+RECOVERING = {"setName": "rs0", "secondary": False, "isWritablePrimary": False}
+LOGIN = {"username": "admin"}
+
+
+class FakeMember:
+    """A member of a set that is to be: it says in turn what it is, and knows an admin or nobody."""
+
+    replica_set = "rs0"
+    members = ("one:27017", "two:27017", "three:27017")
+    address = "127.0.0.1:27017"
+
+    def __init__(self, *said: dict[str, Any], has_users: bool = False, timeout: float = 60) -> None:
+        self.said = list(said)
+        self.has_users = has_users
+        self.timeout = timeout
+        self.admin = self
+        self.login: Any = None
+        self.made: list[Any] = []
+
+    @contextmanager
+    def connect(self, login: Any = None, *, alone: bool) -> Iterator[Any]:
+        assert alone
+        self.login, before = login, self.login
+        try:
+            yield self
+        finally:
+            self.login = before
+
+    def command(self, command: Any) -> dict[str, Any]:
+        from pymongo.errors import OperationFailure
+
+        if command == "hello":
+            return self.said.pop(0) if len(self.said) > 1 else self.said[0]
+        if self.has_users and self.login != LOGIN:
+            raise OperationFailure("requires authentication", 13)
+        self.made.append(command["replSetInitiate"])
+        return {}
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pymongo")
+    monkeypatch.setattr(mongodb_resources, "PAUSE", 0.0)
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("has_users", [False, True])
+def test_a_replica_set_is_made_of_new_servers_and_of_one_that_has_users(has_users: bool) -> None:
+    member = FakeMember({}, SECONDARY, has_users=has_users)
+    initiate = mongodb_resources.initiate
+    assert initiate(member, LOGIN, check_mode=False) == ["replica set rs0 is made"]
+    [config] = member.made
+    assert config["_id"] == "rs0"
+    assert [m["host"] for m in config["members"]] == [*member.members]
+    assert initiate(member, LOGIN, check_mode=False) == []
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("last", [PRIMARY, SECONDARY, {}])
+def test_a_member_is_waited_for_until_it_serves(last: dict[str, Any]) -> None:
+    member = FakeMember(RECOVERING, RECOVERING, last)
+    mongodb_resources.wait_for(member)
+    assert member.said == [last]
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_member_that_does_not_serve_is_named() -> None:
+    with pytest.raises(mongodb_resources.Problem, match="neither primary nor secondary of rs0"):
+        mongodb_resources.wait_for(FakeMember(RECOVERING, timeout=0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule, missing_required_lib
@@ -19,7 +19,8 @@ description:
   - MongoDB does not show passwords, so each is tried by logging in with it.
   - What is not declared is left alone, but for collections that are declared absent.
   - Needs the Python package pymongo on the host that it runs on. For the first admin, and for a new
-    replica set, that must be the server's own host, with a C(server) of loopback.
+    replica set, that must be the server's own host, with a C(server) of loopback. Over loopback the
+    certificate may have any name.
 options:
   server:
     description: The server, as C(host:port).
@@ -43,7 +44,14 @@ options:
     type: str
     default: ""
   members:
-    description: Members of the replica set, as C(host:port), to make it of where there is none.
+    description: Members of the replica set, as C(host:port), by which its primary is found, and to
+      make it of where there is none.
+    type: list
+    elements: str
+    default: []
+  wait_for:
+    description: Servers, as C(host:port), of which each must be the primary or a secondary of its
+      replica set, or be in none yet, before anything is done.
     type: list
     elements: str
     default: []
@@ -127,6 +135,7 @@ UNAUTHORIZED = 13
 AUTHENTICATION_FAILED = 18
 
 MECHANISM = "SCRAM-SHA-256"
+LOOPBACK = "127."  # whoever answers there is this host
 PAUSE = 1.0  # seconds between two looks at a replica set
 
 
@@ -151,6 +160,7 @@ class Server:
     address: str
     tls_ca: str
     replica_set: str
+    members: tuple[str, ...]
     timeout: int
 
     @contextmanager
@@ -161,13 +171,17 @@ class Server:
         from pymongo import MongoClient
 
         options: dict[str, Any] = {"tls": True, "tlsCAFile": self.tls_ca} if self.tls_ca else {}
+        addresses = self.address
         if self.replica_set and not alone:
             options["replicaSet"] = self.replica_set
+            addresses = ",".join(self.members)
         else:
             options["directConnection"] = True
+            if self.tls_ca and self.address.startswith(LOOPBACK):
+                options["tlsAllowInvalidHostnames"] = True
         milliseconds = self.timeout * 1000
         with MongoClient(
-            f"mongodb://{self.address}",
+            f"mongodb://{addresses}",
             serverSelectionTimeoutMS=milliseconds,
             connectTimeoutMS=milliseconds,
             **options,
@@ -196,14 +210,42 @@ class Server:
         return True
 
 
-def initiate(server: Server, members: Iterable[str], *, check_mode: bool) -> list[str]:
+def wait_for(server: Server) -> None:
+    """Wait until a member serves its replica set, or is in none yet. Raises Problem, PyMongoError."""
+    ends = time.monotonic() + server.timeout
+    with server.connect(alone=True) as client:
+        # One may ask this before one has logged in.
+        while (said := client.admin.command("hello")).get("setName"):
+            if said.get("isWritablePrimary") or said.get("secondary"):
+                return
+            if time.monotonic() > ends:
+                raise Problem(
+                    f"{server.address} has been neither primary nor secondary of "
+                    f"{said['setName']} for {server.timeout} s: it starts, recovers, or copies "
+                    "what it missed. No further member is restarted until it has."
+                )
+            time.sleep(PAUSE)
+
+
+def _make_set(server: Server, client: Any, login: Mapping[str, Any]) -> None:
+    from pymongo.errors import OperationFailure
+
+    members = [{"_id": number, "host": member} for number, member in enumerate(server.members)]
+    command = {"replSetInitiate": {"_id": server.replica_set, "members": members}}
+    try:
+        client.admin.command(command)
+    except OperationFailure as error:
+        if error.code != UNAUTHORIZED:
+            raise
+        # It ran by itself until now, and has users.
+        with server.connect(login, alone=True) as known:
+            known.admin.command(command)
+
+
+def initiate(server: Server, login: Mapping[str, Any], *, check_mode: bool) -> list[str]:
     """Make the replica set where there is none. Raises Problem, PyMongoError."""
     from pymongo.errors import OperationFailure, PyMongoError
 
-    config = {
-        "_id": server.replica_set,
-        "members": [{"_id": number, "host": member} for number, member in enumerate(members)],
-    }
     changes: list[str] = []
     ends = time.monotonic() + server.timeout
     with server.connect(alone=True) as client:
@@ -211,7 +253,7 @@ def initiate(server: Server, members: Iterable[str], *, check_mode: bool) -> lis
             if check_mode:
                 return [f"replica set {server.replica_set} is made"]
             try:
-                client.admin.command("replSetInitiate", config)
+                _make_set(server, client, login)
                 changes = [f"replica set {server.replica_set} is made"]
             except OperationFailure as error:
                 # Not all of them are up yet, or they are a set already, which will tell this one.
@@ -229,26 +271,31 @@ def initiate(server: Server, members: Iterable[str], *, check_mode: bool) -> lis
 
 def ensure_admin(server: Server, name: str, password: str, *, check_mode: bool) -> list[str]:
     """Create the admin where nobody has an account. Raises Problem, PyMongoError."""
-    from pymongo.errors import OperationFailure
+    from pymongo.errors import NotPrimaryError, OperationFailure
 
     if server.lets_in(name, password, "admin"):
         return []
-    refused = Problem(
+    refused = (
         f"MongoDB refuses {name}'s password. Set mongodb_admin_password to the one that it was "
         "installed with; to change it, first do so in MongoDB (db.changeUserPassword in mongosh)."
     )
     if check_mode:
-        raise refused
+        raise Problem(f"{refused} Or nobody has an account yet: a run without --check mends that.")
     try:
         # MongoDB lets whoever comes over loopback make the first account, and only that.
         with server.connect(alone=True) as client:
             client.admin.command(
                 "createUser", name, pwd=password, roles=["root"], mechanisms=[MECHANISM]
             )
+    except NotPrimaryError as error:
+        raise Problem(
+            "Nobody has an account yet, and another member has become the primary, where alone the "
+            "first one can be made. Restart mongod there, and run this again."
+        ) from error
     except OperationFailure as error:
         if error.code != UNAUTHORIZED:
             raise
-        raise refused from error
+        raise Problem(refused) from error
     return [f"user {name} of admin is created"]
 
 
@@ -349,22 +396,24 @@ def run(parameters: Mapping[str, Any], *, check_mode: bool) -> list[str]:
         parameters["server"],
         parameters["tls_ca"],
         parameters["replica_set"],
+        tuple(parameters["members"]),
         parameters["timeout"],
     )
+    for address in parameters["wait_for"]:
+        wait_for(replace(server, address=address))
     users = [
         User(entry["name"], entry["database"], frozenset(entry["roles"]), entry["password"])
         for entry in parameters["users"]
     ]
     changes = []
+    name, password = parameters["admin_user"], parameters["admin_password"]
+    login = {"username": name, "password": password, "authSource": "admin"} if name else {}
     if server.replica_set:
-        changes += initiate(server, parameters["members"], check_mode=check_mode)
+        changes += initiate(server, login, check_mode=check_mode)
         if changes and check_mode:
             return changes
-    login: dict[str, str] = {}
-    if parameters["admin_user"]:
-        name, password = parameters["admin_user"], parameters["admin_password"]
+    if login:
         changes += ensure_admin(server, name, password, check_mode=check_mode)
-        login = {"username": name, "password": password, "authSource": "admin"}
     with server.connect(login) as client:
         if login:
             changes += ensure_users(server, client, users, check_mode=check_mode)
@@ -382,6 +431,7 @@ def main() -> None:
             "admin_password": {"type": "str", "default": "", "no_log": True},
             "replica_set": {"type": "str", "default": ""},
             "members": {"type": "list", "elements": "str", "default": []},
+            "wait_for": {"type": "list", "elements": "str", "default": []},
             "users": {
                 "type": "list",
                 "elements": "dict",

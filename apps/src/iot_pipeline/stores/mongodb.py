@@ -95,6 +95,8 @@ class MongoStore(Store):
 
     def _connect(self) -> MongoClient[dict[str, Any]]:
         settings, address = self._settings, self._address
+        if address.options.get("w") == "0":
+            raise ConfigError("IOT_STORE_URL: w=0 confirms nothing, and what is stored has to be")
         milliseconds = round(settings.store_timeout * 1000)
         options: dict[str, Any] = {
             "appname": settings.SERVICE,
@@ -104,6 +106,8 @@ class MongoStore(Store):
             "connectTimeoutMS": milliseconds,
             "tls": address.tls,
             "w": "majority",
+            # A number in the URL would do without the disk.
+            "journal": True,
             # What was read may be taken for stored, so no later election may undo it.
             "readConcernLevel": "majority",
         }
@@ -120,8 +124,6 @@ class MongoStore(Store):
             raise ConfigError(f"IOT_STORE_CA_FILE: {error}") from error
         except (PyMongoError, TypeError, ValueError) as error:
             raise ConfigError(f"IOT_STORE_URL: {error}") from error
-        if not client.write_concern.acknowledged:
-            raise ConfigError("IOT_STORE_URL: w=0 confirms nothing, and what is stored has to be")
         return client
 
     def close(self) -> None:
@@ -209,6 +211,8 @@ class MongoStore(Store):
             raise SinkUnavailable(self._why_not_reachable(error)) from error
         except OperationFailure as error:
             if error.code == UNAUTHORIZED:
+                # A user who was made anew is not the one that a connection has logged in as.
+                self.close()
                 raise SinkUnavailable(self._why_not_allowed()) from error
             details = error.details or {}
             reason, *_ = details.get("writeConcernErrors") or [details]
