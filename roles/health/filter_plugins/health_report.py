@@ -30,7 +30,7 @@ HINTS = {
     "disk-full": "on {host}: sudo du -xh --max-depth=2 {folder} | sort -h | tail",
     "certificate-expires": "run site.yml; ca.pem needs a new authority: docs/security.md",
     "audit-missing": "on {host}: sudo iot-pipeline audit",
-    "audit-stale": "on {host}: systemctl status iot-audit.timer; sudo journalctl -u iot-audit -n 20",
+    "audit-stale": "on {host}: systemctl status iot-audit.timer; sudo journalctl -u iot-audit",
     "clock-offset": "on {host}: timedatectl; is a time server reachable?",
     "dead-letters": "on {host}: sudo iot-pipeline dead-letters list",
 }

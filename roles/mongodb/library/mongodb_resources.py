@@ -211,7 +211,7 @@ class Server:
 
 
 def wait_for(server: Server) -> None:
-    """Wait until a member serves its replica set, or is in none yet. Raises Problem, PyMongoError."""
+    """Wait until a member serves its set, or is in none yet. Raises Problem, PyMongoError."""
     ends = time.monotonic() + server.timeout
     with server.connect(alone=True) as client:
         # One may ask this before one has logged in.
