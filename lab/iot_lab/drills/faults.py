@@ -180,7 +180,6 @@ def small_disk(lab: Lab, machines: Sequence[Machine], step: Step) -> Iterator[No
     unit = step.argument
     data = DATA[unit]
     begin = f"""
-        systemctl stop {unit}
         mkdir -p {VOLUME}
         mount -t tmpfs -o size=%dm iot-drill {VOLUME}
         cp -a --sparse=always {data}/. {VOLUME}/
@@ -189,19 +188,22 @@ def small_disk(lab: Lab, machines: Sequence[Machine], step: Step) -> Iterator[No
         systemctl start {unit}
     """
     end = f"""
-        mountpoint -q {data} || exit 0
-        rm -f {data}/.drill-filler
-        systemctl stop {unit}
-        umount {data}
-        find {data} -mindepth 1 -delete
-        cp -a --sparse=always {VOLUME}/. {data}/
-        umount {VOLUME}; rmdir {VOLUME}
+        if mountpoint -q {data}; then
+            rm -f {data}/.drill-filler
+            systemctl stop {unit}
+            umount {data}
+            find {data} -mindepth 1 -delete
+            cp -a --sparse=always {VOLUME}/. {data}/
+        fi
+        if mountpoint -q {VOLUME}; then umount {VOLUME}; rmdir {VOLUME}; fi
         systemctl start {unit}
     """
     try:
         for machine in machines:
-            # Not so small that health calls it full before it is.
-            size = int(on_host(machine, f"du -sm {data} | cut -f1")) * 4 // 3 + ROOM_MB
+            # Once it is stopped, since Kafka writes its archive of classes then. Not so small that
+            # health calls it full before it is.
+            used = on_host(machine, f"systemctl stop {unit}\ndu -sm {data} | cut -f1")
+            size = int(used) * 4 // 3 + ROOM_MB
             # What the volume holds counts as the host's memory.
             _allow_memory(lab, machine, machine.memory_mb + size)
             on_host(machine, begin % size, timeout=300)
