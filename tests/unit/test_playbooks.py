@@ -64,3 +64,24 @@ def test_apps_keep_both_passwords_where_a_server_could_not_be_changed(
     )
     assert ("msg: told" in done.stdout) == told, done.stdout + done.stderr
     assert (f"{failing} failed before" in done.stdout) != told
+
+
+def test_a_host_that_does_not_answer_is_asked_once_and_named(tmp_path: Path) -> None:
+    lost = {
+        "ansible_host": "127.0.0.1",
+        "ansible_port": 9,  # nobody listens there
+        "health_asks_kafka": True,
+    }
+    (tmp_path / "hosts.yml").write_text(json.dumps({"all": {"hosts": {"lost": lost}}}))
+    command = shutil.which("ansible-playbook")
+    assert command, "the tools are not on PATH"
+    done = subprocess.run(
+        [command, "--inventory=hosts.yml", str(ROOT / "ansible/playbooks/health.yml")],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible/ansible.cfg")},
+    )
+    assert done.stdout.count("UNREACHABLE!") == 1, done.stdout + done.stderr
+    assert "CRITICAL host-unreachable lost" in done.stdout
