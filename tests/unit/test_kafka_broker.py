@@ -104,6 +104,16 @@ def play(folder: Path, hosts: dict[str, Any], tasks: list[dict[str, Any]]) -> No
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def answering(folder: Path, task: dict[str, Any], content: str) -> dict[str, Any]:
+    """A task after which each host leaves this in a file of its name, or why the task failed."""
+
+    def leave(content: str) -> dict[str, Any]:
+        file = f"{folder}/{{{{ inventory_hostname }}}}"
+        return {"ansible.builtin.copy": {"dest": file, "content": content}}
+
+    return {"block": [task, leave(content)], "rescue": [leave("{{ ansible_failed_result.msg }}")]}
+
+
 @dataclass
 class Rendered:
     texts: dict[str, dict[str, str]]
@@ -307,19 +317,8 @@ def test_what_cannot_work_is_refused_with_its_reason(tmp_path: Path) -> None:
         hosts |= alone(name, **files | variables)
     # Each differs from this one, which passes, in one thing alone.
     hosts |= alone("right", **files)
-    answer = {"dest": f"{tmp_path}/{{{{ inventory_hostname }}}}"}
-    tasks: list[dict[str, Any]] = [
-        {
-            "block": [
-                {"ansible.builtin.include_tasks": str(ROLE / "tasks/preflight.yml")},
-                {"ansible.builtin.copy": answer | {"content": "passed"}},
-            ],
-            "rescue": [
-                {"ansible.builtin.copy": answer | {"content": "{{ ansible_failed_result.msg }}"}}
-            ],
-        }
-    ]
-    play(tmp_path / "play", hosts, tasks)
+    preflight = {"ansible.builtin.include_tasks": str(ROLE / "tasks/preflight.yml")}
+    play(tmp_path / "play", hosts, [answering(tmp_path, preflight, "passed")])
     assert (tmp_path / "right").read_text() == "passed"
     for name, (_, reason) in WRONG.items():
         assert reason in (tmp_path / name).read_text()
@@ -344,21 +343,12 @@ def test_a_cluster_is_founded_only_where_all_say_that_there_is_none(
     }
     hosts = {host: members | SCRAM | stats.get(host, {}) for host in "abc"}
     guard = yaml.safe_load((ROLE / "tasks/format.yml").read_text())[0]["block"][0]
-    answer = {"dest": f"{tmp_path}/answer"}
     content = (
         "{{ 'founded' if '--initial-controllers' in _kafka_broker_format_voters else 'joined' }}"
     )
-    tasks: list[dict[str, Any]] = [
-        {
-            "when": "inventory_hostname == 'c'",
-            "block": [guard, {"ansible.builtin.copy": answer | {"content": content}}],
-            "rescue": [
-                {"ansible.builtin.copy": answer | {"content": "{{ ansible_failed_result.msg }}"}}
-            ],
-        }
-    ]
-    play(tmp_path / "play", hosts, tasks)
-    assert what in (tmp_path / "answer").read_text()
+    task = {"when": "inventory_hostname == 'c'", **answering(tmp_path, guard, content)}
+    play(tmp_path / "play", hosts, [task])
+    assert what in (tmp_path / "c").read_text()
 
 
 INPUTS = ("archive", "properties", "logging", "unit", "started")

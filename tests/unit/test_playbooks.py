@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,6 +18,21 @@ GROUPS = {
     "mongodb_servers": ["documents"],
     "storage_nodes": ["storage-1", "storage-2"],
 }
+
+
+def run(folder: Path, inventory: dict[str, Any], *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a playbook on hosts that are made up."""
+    (folder / "hosts.yml").write_text(json.dumps({"all": inventory}))
+    command = shutil.which("ansible-playbook")
+    assert command, "the tools are not on PATH"
+    return subprocess.run(
+        [command, "--inventory=hosts.yml", *words],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible/ansible.cfg")},
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,17 +67,7 @@ def test_apps_keep_both_passwords_where_a_server_could_not_be_changed(
     }
     (tmp_path / "play.yml").write_text(json.dumps([before, *guard, after]))
     hosts = {name: {"hosts": dict.fromkeys(members)} for name, members in GROUPS.items()}
-    (tmp_path / "hosts.yml").write_text(json.dumps({"all": {"children": hosts}}))
-    command = shutil.which("ansible-playbook")
-    assert command, "the tools are not on PATH"
-    done = subprocess.run(
-        [command, "--connection=local", "--inventory=hosts.yml", "play.yml"],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible/ansible.cfg")},
-    )
+    done = run(tmp_path, {"children": hosts}, "--connection=local", "play.yml")
     assert ("msg: told" in done.stdout) == told, done.stdout + done.stderr
     assert (f"{failing} failed before" in done.stdout) != told
 
@@ -72,16 +78,7 @@ def test_a_host_that_does_not_answer_is_asked_once_and_named(tmp_path: Path) -> 
         "ansible_port": 9,  # nobody listens there
         "health_asks_kafka": True,
     }
-    (tmp_path / "hosts.yml").write_text(json.dumps({"all": {"hosts": {"lost": lost}}}))
-    command = shutil.which("ansible-playbook")
-    assert command, "the tools are not on PATH"
-    done = subprocess.run(
-        [command, "--inventory=hosts.yml", str(ROOT / "ansible/playbooks/health.yml")],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible/ansible.cfg")},
-    )
+    playbook = str(ROOT / "ansible/playbooks/health.yml")
+    done = run(tmp_path, {"hosts": {"lost": lost}}, playbook)
     assert done.stdout.count("UNREACHABLE!") == 1, done.stdout + done.stderr
     assert "CRITICAL host-unreachable lost" in done.stdout
