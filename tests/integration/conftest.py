@@ -119,7 +119,7 @@ def ansible_module(tmp_path: Path) -> AnsibleModule:
             start_new_session=True,
         )
         if until:
-            wait_for(until, "what Ansible is to do before it is killed", 60)
+            wait_for(until, "what Ansible is to do before it is killed")
             os.killpg(running.pid, signal.SIGKILL)
         said, errors = running.communicate()
         output = said + errors

@@ -44,7 +44,7 @@ def test_a_result_is_left_for_those_who_look_later(pipeline: Pipeline, tmp_path:
 def test_stored_without_prediction_is_missing(pipeline: Pipeline) -> None:
     pipeline.store().start().wait_ready()
     assert pipeline.produce("--count", "5", "--interval", "0").start().wait(60) == 0
-    wait_for(lambda: len(pipeline.documents()) == 5, "the documents", 30)
+    wait_for(lambda: len(pipeline.documents()) == 5, "the documents")
     status, audit = pipeline.audit("--grace", "0")
     assert (status, audit["stored"], audit["predicted"], audit["missing"]) == (1, 5, 0, 5)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import threading
-import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -182,7 +181,7 @@ class Traffic:
     def wait_for_more(self, count: int) -> None:
         """Wait until so many more are written with their predictions."""
         enough = len(self.done) + count
-        wait_for(lambda: len(self.done) >= enough, f"{count} documents", 30)
+        wait_for(lambda: len(self.done) >= enough, f"{count} documents")
 
     def _run(self) -> None:
         try:
@@ -234,7 +233,7 @@ def test_a_restore_under_traffic_loses_and_doubles_nothing(
     assert all(restored[state["_id"]] == state for state in saved)
 
 
-def test_a_half_is_waited_for_while_it_is_young(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_half_is_waited_for_while_it_is_young(pipeline: Pipeline) -> None:
     store = connect(pipeline)
     late, never = uuid7(), uuid7()
     [old] = old_ids(1)
@@ -245,9 +244,9 @@ def test_a_half_is_waited_for_while_it_is_young(pipeline: Pipeline, tmp_path: Pa
         late: True,
         never: False,
     }
-    begun = time.monotonic()
-    assert backup(pipeline, tmp_path / "b", "--grace", "0")["documents"] == 3
-    assert time.monotonic() - begun < 60
+    waited: list[str] = []
+    assert len(list(documents_of(store, 0, waited.append))) == 3
+    assert waited == []
 
 
 def test_a_file_that_is_not_whole_restores_nothing(
@@ -348,7 +347,7 @@ def test_the_audit_of_a_rebuilt_pipeline_is_clean(
         assert (audit["missing"], audit["expired"], audit["duplicated"]) == (0, 1, 0)
         rebuilt.store().start().wait_ready()
         assert rebuilt.produce("--count", "3", "--interval", "0").start().wait(60) == 0
-        wait_for(lambda: len(rebuilt.documents()) == 9, "new images", 30)
+        wait_for(lambda: len(rebuilt.documents()) == 9, "new images")
         status, audit = rebuilt.audit("--grace", "0")
         # These have no prediction, since no inference runs.
         assert (status, audit["missing"], audit["expired"]) == (1, 3, 1)

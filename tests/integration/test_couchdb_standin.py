@@ -247,10 +247,10 @@ def test_https_takes_up_new_certificates(tmp_path: Path) -> None:
         second.with_suffix(".key").replace(certificate.with_suffix(".key"))
         assert server.pid is not None
         os.kill(server.pid, signal.SIGHUP)
-        wait_for(lambda: "keep the certificate before" in server.output(), "the half", 10)
+        wait_for(lambda: "keep the certificate before" in server.output(), "the half")
         assert server.certificate() == first
         second.replace(certificate)
-        wait_for(lambda: server.certificate() == certificate.read_text(), "the new one", 20)
+        wait_for(lambda: server.certificate() == certificate.read_text(), "the new one")
         assert certificate.read_text() != first
 
         third = make_certificate(tmp_path, "third")

@@ -54,7 +54,6 @@ def bury(pipeline: Pipeline, sources: Sequence[Source]) -> None:
     producer.close()
 
 
-@pytest.mark.timeout(300)
 def test_what_is_replayed_once_its_cause_is_gone_is_stored_and_the_audit_is_clean(
     pipeline: Pipeline,
 ) -> None:
@@ -62,10 +61,10 @@ def test_what_is_replayed_once_its_cause_is_gone_is_stored_and_the_audit_is_clea
     narrow = pipeline.infer("--max-image-pixels", "64").start()
     narrow.wait_ready()
     assert pipeline.produce("--count", "6", "--interval", "0").start().wait(60) == 0
-    wait_for(lambda: len(listed(pipeline)) == 6, "six dead letters", 60)
+    wait_for(lambda: len(listed(pipeline)) == 6, "six dead letters")
     later = format_time(now())
     sent = pipeline.broker.send(pipeline.image_topic, JUNK, b"junk")
-    wait_for(lambda: len(listed(pipeline)) == 8, "two more, of both services", 60)
+    wait_for(lambda: len(listed(pipeline)) == 8, "two more, of both services")
     narrow.stop()
     status, audit = pipeline.audit("--grace", "0")
     assert (status, audit["missing"], audit["predicted"]) == (0, 0, 0)
@@ -98,7 +97,7 @@ def test_what_is_replayed_once_its_cause_is_gone_is_stored_and_the_audit_is_clea
     pipeline.infer().start().wait_ready()
     done = pipeline.dead_letters("replay", "--reason", "too-many-pixels", "--yes")
     assert (done.returncode, "Done: 6 of 6." in done.stdout) == (0, True), done.stderr
-    wait_for(lambda: pipeline.complete() == 6, "the documents", 60)
+    wait_for(lambda: pipeline.complete() == 6, "the documents")
     again = [record for record in pipeline.broker.records(pipeline.image_topic) if record.headers]
     assert {record.key: record.value for record in again} == {
         letter["key"].encode(): original[letter["key"].encode()].value for letter in images
@@ -118,14 +117,13 @@ def test_what_is_replayed_once_its_cause_is_gone_is_stored_and_the_audit_is_clea
     assert (status, audit["dead_lettered"], audit["open_dead_letters"]) == (0, 7, 0)
 
 
-@pytest.mark.timeout(240)
 def test_what_is_refused_again_comes_back_as_new_dead_letters(pipeline: Pipeline) -> None:
     pipeline.store().start().wait_ready()
     pipeline.broker.send(pipeline.image_topic, JUNK, None)
-    wait_for(lambda: len(listed(pipeline)) == 1, "a dead letter", 60)
+    wait_for(lambda: len(listed(pipeline)) == 1, "a dead letter")
     (first,) = listed(pipeline)
     assert pipeline.dead_letters("replay", first["position"], "--yes").returncode == 0
-    wait_for(lambda: len(listed(pipeline, "--all")) == 2, "another dead letter", 60)
+    wait_for(lambda: len(listed(pipeline, "--all")) == 2, "another dead letter")
     (second,) = listed(pipeline)
     assert second["position"] != first["position"]
     assert (second["key"], second["reason"]) == (None, "invalid-json")
@@ -133,7 +131,6 @@ def test_what_is_refused_again_comes_back_as_new_dead_letters(pipeline: Pipeline
     assert (status, audit["dead_lettered"], audit["open_dead_letters"]) == (0, 2, 1)
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("cut", [signal.SIGKILL, signal.SIGINT])
 def test_a_replay_that_is_cut_off_and_done_again_leaves_nothing_out(
     cut: signal.Signals, pipeline: Pipeline

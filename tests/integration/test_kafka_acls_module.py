@@ -21,9 +21,6 @@ from kafka.errors import AuthorizationError, KafkaError
 from iot_lab.processes import Broker
 from iot_lab.secure_broker import USERS, SecureBroker, pipeline_acls
 
-# Each call of Ansible takes seconds, on a busy machine many.
-pytestmark = pytest.mark.timeout(300)
-
 
 class Module:
     """Calls the module as the brokers' administrator."""
@@ -163,7 +160,7 @@ class As:
             **self.options, acks="all", enable_idempotence=True, max_block_ms=10_000
         )
         try:
-            producer.send(topic, key=b"key", value=b"value").get(timeout=20)
+            producer.send(topic, key=b"key", value=b"value").get(timeout=60)
         except KafkaError as error:
             # Who may write nowhere gets no producer's id, and kafka-python wraps that refusal.
             if "AuthorizationFailed" in repr(error):
@@ -211,7 +208,7 @@ class As:
 
     @staticmethod
     def _records(consumer: Any) -> bool:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         try:
             while time.monotonic() < deadline:
                 if consumer.poll(timeout_ms=200):

@@ -91,7 +91,7 @@ def test_a_group_at_work(ask: Ask, topic: str, secure_broker: SecureBroker) -> N
     group = f"group-{topic}"
     consumer = KafkaConsumer(topic, **secure_broker.client(), group_id=group)
     try:
-        wait_for(lambda: bool(consumer.poll(timeout_ms=100) or consumer.assignment()), "it", 30)
+        wait_for(lambda: bool(consumer.poll(timeout_ms=100) or consumer.assignment()), "it")
         found = ask(groups=[{"name": group, "topics": [topic]}])["groups"][0]
     finally:
         consumer.close()

@@ -63,7 +63,7 @@ def test_image_and_prediction_merge_in_any_order(pipeline: Pipeline, order: str)
         def arrived(expected: set[str] = expected) -> bool:
             return expected <= pipeline.documents().get(image.id, {}).keys()
 
-        wait_for(arrived, f"the document with {expected}", 30)
+        wait_for(arrived, f"the document with {expected}")
     document = pipeline.documents()[image.id]
     assert image.fields().items() <= (document | {"ID": image.id}).items()
     assert prediction.fields().items() <= (document | {"ID": image.id}).items()
@@ -73,13 +73,13 @@ def test_image_and_prediction_merge_in_any_order(pipeline: Pipeline, order: str)
 def test_sigterm_commits_what_is_stored(pipeline: Pipeline) -> None:
     store = pipeline.store().start().wait_ready()
     assert pipeline.produce("--count", "60", "--interval", "0.01").start().wait(60) == 0
-    wait_for(lambda: len(pipeline.documents()) >= 30, "half of the documents", 30)
+    wait_for(lambda: len(pipeline.documents()) >= 30, "half of the documents")
     assert store.stop() == 0
     stored = len(pipeline.documents())
     committed = pipeline.broker.committed(f"{pipeline.prefix}iot-storage")
     assert sum(committed.values()) == stored
     store.start().wait_ready()
-    wait_for(lambda: done_with(pipeline), "the rest", 30)
+    wait_for(lambda: done_with(pipeline), "the rest")
     assert len(pipeline.documents()) == 60
     revisions = [document["_rev"].split("-")[0] for document in pipeline.documents().values()]
     assert set(revisions) == {"1"}, "an image was written twice"
@@ -89,18 +89,18 @@ def test_a_database_outage_pauses_storage_and_loses_nothing(pipeline: Pipeline) 
     group = f"{pipeline.prefix}iot-storage"
     store = pipeline.store().start().wait_ready()
     assert pipeline.produce("--count", "10", "--interval", "0.01").start().wait(60) == 0
-    wait_for(lambda: done_with(pipeline), "the first images", 30)
+    wait_for(lambda: done_with(pipeline), "the first images")
     members, committed = pipeline.broker.members(group), pipeline.broker.committed(group)
     assert len(members) == 1
 
     pipeline.database.stop()
     assert pipeline.produce("--count", "30", "--interval", "0.01").start().wait(60) == 0
-    wait_for(lambda: store.output().count("sink down") >= 3, "three attempts", 60)
+    wait_for(lambda: store.output().count("sink down") >= 3, "three attempts")
     assert pipeline.broker.committed(group) == committed
     assert pipeline.broker.members(group) == members
 
     pipeline.database.start().wait_ready()
-    wait_for(lambda: done_with(pipeline), "the others", 60)
+    wait_for(lambda: done_with(pipeline), "the others")
     assert len(pipeline.documents()) == 40
     assert pipeline.broker.members(group) == members
     assert "sink up" in store.output()
@@ -113,7 +113,7 @@ def test_other_commands_find_the_store_by_its_url(pipeline: Pipeline, tmp_path: 
         is_image = isinstance(message, ImageMessage)
         topic = pipeline.image_topic if is_image else pipeline.prediction_topic
         pipeline.broker.send(topic, message.encode(), message.key)
-    wait_for(lambda: pipeline.complete() == 10, "the documents", 60)
+    wait_for(lambda: pipeline.complete() == 10, "the documents")
     status, audit = pipeline.audit("--grace", "0", "--expect", "10")
     assert (status, audit["stored"], audit["predicted"], audit["missing"]) == (0, 10, 10, 0)
 
@@ -140,7 +140,7 @@ def test_sigterm_during_an_outage_commits_nothing_that_is_not_stored(
     pipeline.database.stop()
     try:
         assert pipeline.produce("--count", "20", "--interval", "0.01").start().wait(60) == 0
-        wait_for(lambda: "sink down" in store.output(), "the outage to be noticed", 30)
+        wait_for(lambda: "sink down" in store.output(), "the outage to be noticed")
         if stop_while == "down":
             assert store.stop() == 0
             committed = pipeline.broker.committed(f"{pipeline.prefix}iot-storage")
@@ -156,7 +156,7 @@ def test_sigterm_during_an_outage_commits_nothing_that_is_not_stored(
 @pytest.fixture
 def assert_stored() -> Callable[[Pipeline, int], None]:
     def check(pipeline: Pipeline, images: int) -> None:
-        wait_for(lambda: done_with(pipeline), "everything to be committed", 60)
+        wait_for(lambda: done_with(pipeline), "everything to be committed")
         assert len(pipeline.documents()) == images
 
     return check
@@ -173,7 +173,7 @@ def test_a_backlog_is_taken_in_step_to_its_end(pipeline: Pipeline) -> None:
     producer.flush()
     producer.close()
     pipeline.store("--max-batch-size", "200", "--max-batch-delay", "5").start().wait_ready()
-    wait_for(lambda: done_with(pipeline), "the end of both topics", 60)
+    wait_for(lambda: done_with(pipeline), "the end of both topics")
     documents = pipeline.documents().values()
     assert len(documents) == images
     assert all("StoredAt" in document for document in documents)

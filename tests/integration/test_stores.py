@@ -267,7 +267,6 @@ def test_large_documents_go_in_requests_of_bounded_size(
     assert all(map(is_complete, store.scan()))
 
 
-@pytest.mark.timeout(180)
 def test_photographs_fit(connect: Connect) -> None:
     """More of them at once than a reply may hold."""
     store, names = connect(), [uuid7() for _ in range(90)]
@@ -277,7 +276,6 @@ def test_photographs_fit(connect: Connect) -> None:
     assert [state["_id"] for state in store.scan() if is_complete(state)] == names
 
 
-@pytest.mark.timeout(180)
 def test_an_outage_is_told_and_what_comes_after_it_is_written(
     connect: Connect, server: Database
 ) -> None:
@@ -297,11 +295,10 @@ def test_an_outage_is_told_and_what_comes_after_it_is_written(
         except SinkUnavailable:
             return False
 
-    wait_for(is_written, "the same call to succeed", 30)
+    wait_for(is_written, "the same call to succeed")
     assert {state["_id"]: writes(state) for state in store.scan()} == {before: 2, after: 1}
 
 
-@pytest.mark.timeout(180)
 def test_what_was_acknowledged_survives_a_kill(connect: Connect, server: Database) -> None:
     store = connect()
     acknowledged: list[str] = []

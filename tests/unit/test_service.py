@@ -118,9 +118,7 @@ def test_waiting_ends_at_once_when_asked_to_stop() -> None:
     service = Service(StoreSettings())
     assert service.wait(0.01) is False
     service.stop()
-    started = time.monotonic()
-    assert service.wait(60) is True
-    assert time.monotonic() - started < 5
+    assert service.wait(3600) is True
     service._notifier.close()
 
 

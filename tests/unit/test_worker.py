@@ -471,16 +471,16 @@ def test_what_comes_while_the_model_works_is_handled_together(rig: Rig) -> None:
 
 
 def test_a_lone_record_is_not_held_back(rig: Rig) -> None:
-    rig.settings = replace(rig.settings, max_batch_delay=10.0)
+    rig.settings = replace(rig.settings, max_batch_delay=60.0)
     rig.consumer.add(ONE, b"a")
     rig.consumer.add(TWO)
     rig.run()
     assert rig.log.named("written") == [[b"a"]]
-    assert time.monotonic() < rig.consumer.give_up_at - 5
+    assert time.monotonic() < rig.consumer.give_up_at
 
 
 def test_a_batch_waits_for_records_that_the_broker_is_known_to_have(rig: Rig) -> None:
-    rig.settings = replace(rig.settings, max_batch_delay=10.0)
+    rig.settings = replace(rig.settings, max_batch_delay=60.0)
     rig.consumer.add(ONE, b"a")
     rig.consumer.add(TWO, b"b")
     # So that there is something to compare the partition's end with.
