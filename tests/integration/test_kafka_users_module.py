@@ -98,7 +98,7 @@ def test_undeclared_users_go_only_when_told(
     assert logs_in(secure_broker, ADMIN, secure_broker.passwords[ADMIN])
 
 
-def open_access(broker: SecureBroker, servers: str, patience: int = 30, **changes: str) -> None:
+def open_access(broker: SecureBroker, servers: str, patience: int = 30, **changes: Any) -> None:
     """Connect as the modules do, without Ansible around it."""
     # Where Ansible puts what a role's modules share.
     ansible.module_utils.__path__.append(str(ROOT / "roles/kafka_resources/module_utils"))
