@@ -98,7 +98,7 @@ def test_undeclared_users_go_only_when_told(
     assert logs_in(secure_broker, ADMIN, secure_broker.passwords[ADMIN])
 
 
-def open_access(broker: SecureBroker, servers: str, patience: int = 30, **changes: Any) -> None:
+def open_access(broker: SecureBroker, servers: str, patience: int = 30, /, **changes: str) -> None:
     """Connect as the modules do, without Ansible around it."""
     # Where Ansible puts what a role's modules share.
     ansible.module_utils.__path__.append(str(ROOT / "roles/kafka_resources/module_utils"))
@@ -136,7 +136,7 @@ def test_what_keeps_us_out_is_told(
 
 def test_tls_on_a_plain_port_is_told(broker: Broker, secure_broker: SecureBroker) -> None:
     with pytest.raises(ValueError, match=f"{broker.bootstrap_servers}: "):
-        open_access(secure_broker, broker.bootstrap_servers, patience=2)
+        open_access(secure_broker, broker.bootstrap_servers, 2)
 
 
 def test_certificates_that_do_not_do_are_told(secure_broker: SecureBroker, tmp_path: Path) -> None:
