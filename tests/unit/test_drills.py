@@ -96,6 +96,10 @@ def test_a_busy_machine_is_judged_by_the_audit_alone() -> None:
     assert found.steps == [drill.Step("stop", "x"), kept]
 
 
+def test_dead_letters_of_before_are_expected_unless_all_brokers_are_lost() -> None:
+    assert [name for name in drill.names() if drill.load(name).loses_brokers] == ["rebuild"]
+
+
 @pytest.mark.parametrize("scenario", sorted(FOLDER.glob("*/molecule.yml")), ids=str)
 def test_molecule_runs_drills_that_there_are(scenario: Path) -> None:
     said = yaml.safe_load(scenario.read_text())

@@ -56,6 +56,11 @@ class Drill:
     needs: Mapping[str, int] = field(default_factory=dict)  # group: how many hosts at least
     artifacts: Sequence[str] = ()  # what the lab builds besides, as in `lab artifacts`
 
+    @property
+    def loses_brokers(self) -> bool:
+        """Whether all of them are gone in the end, and what they alone had: dead letters."""
+        return any(step.action == "rebuild" for step in self.steps)
+
     def lacks(self, machines: Sequence[Machine]) -> str:
         """Say what a topology lacks for this drill, or nothing."""
         for group, least in self.needs.items():

@@ -71,6 +71,8 @@ def run(lab: faults.Lab, drill: Drill) -> Outcome:
     faults.undo_leftovers(lab)
     _until_whole(lab, "before the drill")
     before = report.audit(lab.machines)
+    if drill.loses_brokers:
+        before["dead_lettered"] = 0
     watch = Watch(lab.machines)
     rows: list[Row] = []
     with load(lab.machines, drill.rate) as lab.start_load, watch.running():
