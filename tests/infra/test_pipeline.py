@@ -68,6 +68,9 @@ def test_documents_hold_image_and_prediction(
     for document in complete:
         assert document["ID"] == document["_id"]
         assert document["Data"]
+        assert document["ContentType"] == "image/png"
+        assert document["Source"]
+        assert document["ProducedAt"]
         assert 0 < document["Confidence"] <= 1
         assert "@" in document["Model"]
 

@@ -1,19 +1,22 @@
 """Asks the database for things, each as somebody, and prints what came of it.
 
-    stdin   {"document": "made-by-a-test",
+    stdin   {"store": "couchdb", "document": "made-by-a-test", "admin": ["admin", "PASSWORD"],
              "asks": [["iot-audit", "read documents"], ["nobody", "set rules"]]}
     stdout  ["granted", "refused"]
 
 Who is an app of this host logs in as it does; `iot-audit's wrong password` is one that is made up,
-`iot-audit of another database` the right one at a database that is not the user's, `a stranger` a
-user that is none. All others do not log in. What is asked for means the same for each database.
+`a stranger` a user that is none, `a user of another database` one that the admin makes, and removes
+when all is asked: it may use a database of its own. All others do not log in. What is asked for
+means the same for each database.
 """
 
 import base64
 import http.client
 import json
+import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,13 @@ from iot_pipeline.settings import AuditSettings, DatabaseSettings, StoreSettings
 
 APPS: dict[str, type[DatabaseSettings]] = {"iot-storage": StoreSettings, "iot-audit": AuditSettings}
 NEW = "made-by-an-app"
+# Of another database, and that database.
+OTHER, PASSWORD = "made-by-tests-infra", secrets.token_urlsafe()
 
 # CouchDB: method, path and body.
 REQUESTS: dict[str, tuple[Any, ...]] = {
     "hear whether it is up": ("GET", "/_up"),
+    "use a database of one's own": ("GET", f"/{OTHER}"),
     "see the database": ("GET", "/{database}"),
     "read documents": ("GET", "/{database}/_all_docs?limit=1"),
     "list all databases": ("GET", "/_all_dbs"),
@@ -45,6 +51,7 @@ REQUESTS: dict[str, tuple[Any, ...]] = {
 # MongoDB: a function of the database, the collection's name, and the document's id.
 COMMANDS: dict[str, Callable[[Any, str, str], Any]] = {
     "hear whether it is up": lambda db, _, __: db.command("ping"),
+    "use a database of one's own": lambda db, _, __: db.client[OTHER].command("dbStats"),
     "see the database": lambda db, _, __: db.command("dbStats"),
     "read documents": lambda db, name, _: db[name].find_one(),
     "list all databases": lambda db, _, __: db.client.admin.command(
@@ -74,64 +81,97 @@ NOT_AUTHORIZED, NOT_AUTHENTICATED = 13, 18
 def login(who: str) -> tuple[DatabaseSettings, str, str]:
     """The settings that tell where the database is, a user, and a password; empty for nobody."""
     app, _, wrong = who.partition("'s ")
-    app = app.removesuffix(" of another database")
     settings = load(APPS.get(app, AuditSettings))
     if who == "a stranger":
         return settings, "stranger", "made-up"
+    if who == "a user of another database":
+        return settings, OTHER, PASSWORD
     if app not in APPS:
         return settings, "", ""
     right = Path(settings.store_password_file).read_text().splitlines()[0]
     return settings, settings.store_user, "made-up" if wrong else right
 
 
-def ask_couchdb(who: str, what: str, document: str) -> str:
-    settings, user, password = login(who)
+def send_couchdb(
+    settings: DatabaseSettings, user: str, password: str, method: str, path: str, body: Any = None
+) -> tuple[int, Any]:
     address = settings.store_address
-    words = {"database": address.database, "document": document, "rev": "1-0"}
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     if user:
         text = base64.b64encode(f"{user}:{password}".encode()).decode()
         headers["Authorization"] = f"Basic {text}"
+    if address.tls:
+        context = Tls(settings.store_ca_file).context()
+        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+            address.place, timeout=10, context=context
+        )
+    else:
+        connection = http.client.HTTPConnection(address.place, timeout=10)
+    sent = None if body is None else json.dumps(body)
+    connection.request(method, path, sent, headers)
+    answer = connection.getresponse()
+    return answer.status, json.loads(answer.read() or b"{}")
 
-    def send(method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        if address.tls:
-            context = Tls(settings.store_ca_file).context()
-            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                address.place, timeout=10, context=context
-            )
-        else:
-            connection = http.client.HTTPConnection(address.place, timeout=10)
-        sent = None if body is None else json.dumps(body)
-        connection.request(method, path.format_map(words), sent, headers)
-        answer = connection.getresponse()
-        return answer.status, json.loads(answer.read() or b"{}")
 
+def ask_couchdb(who: str, what: str, document: str) -> str:
+    as_somebody = login(who)
+    database = as_somebody[0].store_address.database
+    words = {"database": database, "document": document, "rev": "1-0"}
     method, path, *body = REQUESTS[what]
     if "{rev}" in path:
         # Who may not see it is refused whatever he names.
-        words["rev"] = send("GET", "/{database}/{document}")[1].get("_rev", words["rev"])
-    status, _ = send(method, path, *body)
+        _, seen = send_couchdb(*as_somebody, "GET", f"/{database}/{document}")
+        words["rev"] = seen.get("_rev", words["rev"])
+    status, _ = send_couchdb(*as_somebody, method, path.format_map(words), *body)
     if status in {401, 403}:
         return "refused"
     return "granted" if status < 300 else f"status {status}"
 
 
-def ask_mongodb(who: str, what: str, document: str) -> str:
-    from pymongo import MongoClient
-    from pymongo.errors import OperationFailure
+@contextmanager
+def another_user_of_couchdb(admin: str, password: str) -> Iterator[None]:
+    as_admin = load(AuditSettings), admin, password
+    user = f"/_users/org.couchdb.user:{OTHER}"
 
-    settings, user, password = login(who)
+    def send(method: str, path: str, body: Any = None) -> Any:
+        status, answer = send_couchdb(*as_admin, method, path, body)
+        if status >= 300:
+            raise RuntimeError(f"{method} {path}: {status} {answer}")
+        return answer
+
+    try:
+        send("PUT", f"/{OTHER}")
+        send("PUT", user, {"type": "user", "name": OTHER, "password": PASSWORD, "roles": []})
+        send("PUT", f"/{OTHER}/_security", {"members": {"names": [OTHER]}})
+        yield
+    finally:
+        send("DELETE", f"/{OTHER}")
+        send("DELETE", f"{user}?rev={send('GET', user)['_rev']}")
+
+
+@contextmanager
+def mongodb(settings: DatabaseSettings, user: str, password: str, source: str) -> Iterator[Any]:
+    from pymongo import MongoClient
+
     address = settings.store_address
     options: dict[str, Any] = {"tls": address.tls, **address.options}
     if settings.store_ca_file:
         options["tlsCAFile"] = settings.store_ca_file
     if user:
-        source = "admin" if who.endswith("of another database") else address.database
         options |= {"username": user, "password": password, "authSource": source}
     client: Any
     with MongoClient(
         address.place.split(","), serverSelectionTimeoutMS=10_000, **options
     ) as client:
+        yield client
+
+
+def ask_mongodb(who: str, what: str, document: str) -> str:
+    from pymongo.errors import OperationFailure
+
+    settings, user, password = login(who)
+    address = settings.store_address
+    with mongodb(settings, user, password, OTHER if user == OTHER else address.database) as client:
         try:
             COMMANDS[what](client[address.database], address.collection, document)
         except OperationFailure as error:
@@ -141,10 +181,27 @@ def ask_mongodb(who: str, what: str, document: str) -> str:
     return "granted"
 
 
+@contextmanager
+def another_user_of_mongodb(admin: str, password: str) -> Iterator[None]:
+    roles = [{"role": "readWrite", "db": OTHER}]
+    with mongodb(load(AuditSettings), admin, password, "admin") as client:
+        try:
+            client[OTHER].command("createUser", OTHER, pwd=PASSWORD, roles=roles)
+            yield
+        finally:
+            client[OTHER].command("dropUser", OTHER)
+
+
+STORES = {
+    "couchdb": (ask_couchdb, another_user_of_couchdb),
+    "mongodb": (ask_mongodb, another_user_of_mongodb),
+}
+
+
 def main(asked: dict[str, Any]) -> None:
-    store = load(AuditSettings).store_address.scheme
-    ask = {"couchdb": ask_couchdb, "mongodb": ask_mongodb}[store]
-    print(json.dumps([ask(who, what, asked["document"]) for who, what in asked["asks"]]))
+    ask, another_user = STORES[asked["store"]]
+    with another_user(*asked["admin"]) if "admin" in asked else nullcontext():
+        print(json.dumps([ask(who, what, asked["document"]) for who, what in asked["asks"]]))
 
 
 if __name__ == "__main__":
