@@ -235,11 +235,20 @@ def test_a_replica_set_is_made_of_new_servers_and_of_one_that_has_users(has_user
 
 
 @pytest.mark.usefixtures("hasty")
-@pytest.mark.parametrize("last", [PRIMARY, SECONDARY, {}])
-def test_a_member_is_waited_for_until_it_serves(last: dict[str, Any]) -> None:
-    member = FakeMember(RECOVERING, RECOVERING, last)
+@pytest.mark.parametrize(
+    "said",
+    [
+        [RECOVERING, RECOVERING, PRIMARY],
+        [RECOVERING, SECONDARY],
+        # In none, and one that knew only later that it is.
+        [{}, {}],
+        [{}, RECOVERING, {}, RECOVERING, SECONDARY],
+    ],
+)
+def test_a_member_is_waited_for_until_it_serves(said: list[dict[str, Any]]) -> None:
+    member = FakeMember(*said)
     mongodb_resources.wait_for(member)
-    assert member.said == [last]
+    assert member.said == said[-1:]
 
 
 @pytest.mark.usefixtures("hasty")

@@ -213,12 +213,18 @@ class Server:
 def wait_for(server: Server) -> None:
     """Wait until a member serves its set, or is in none yet. Raises Problem, PyMongoError."""
     ends = time.monotonic() + server.timeout
+    is_alone = False
     with server.connect(alone=True) as client:
-        # One may ask this before one has logged in.
-        while (said := client.admin.command("hello")).get("setName"):
+        while True:
+            # One may ask this before one has logged in.
+            said = client.admin.command("hello")
             if said.get("isWritablePrimary") or said.get("secondary"):
                 return
-            if time.monotonic() > ends:
+            # One that has just started may have to read first that it is in a set.
+            was_alone, is_alone = is_alone, not said.get("setName")
+            if is_alone and was_alone:
+                return
+            if time.monotonic() > ends and not is_alone:
                 raise Problem(
                     f"{server.address} has been neither primary nor secondary of "
                     f"{said['setName']} for {server.timeout} s: it starts, recovers, or copies "
