@@ -1,6 +1,8 @@
 import de.bwaldvogel.mongo.MongoCollection;
 import de.bwaldvogel.mongo.MongoDatabase;
 import de.bwaldvogel.mongo.MongoServer;
+import de.bwaldvogel.mongo.MongoVersion;
+import de.bwaldvogel.mongo.ServerVersion;
 import de.bwaldvogel.mongo.backend.CollectionOptions;
 import de.bwaldvogel.mongo.backend.CursorRegistry;
 import de.bwaldvogel.mongo.backend.QueryResult;
@@ -122,6 +124,7 @@ public final class MongodbStandin {
 
     Backend(MVStore store) {
       super(store);
+      version(new Version());
     }
 
     @Override
@@ -174,6 +177,24 @@ public final class MongodbStandin {
         MVMap<String, Object> meta = getMvStore().openMap("meta." + fullName);
         return new Collection(this, name, options, documents, meta, cursorRegistry);
       }
+    }
+  }
+
+  /**
+   * Says wire version 9, that of MongoDB 4.4, where the server itself says 8: PyMongo 4.18 and later talk to none that
+   * says less, and use no more of the protocol for what the pipeline does. Sessions, with retryable writes and
+   * transactions, and the command hello are announced by fields of their own, which the server goes on to leave out.
+   */
+  private static final class Version implements MongoVersion {
+
+    @Override
+    public List<Integer> getVersionArray() {
+      return ServerVersion.MONGO_5_0.getVersionArray();
+    }
+
+    @Override
+    public int getWireVersion() {
+      return 9;
     }
   }
 
