@@ -165,6 +165,10 @@ def make_pipeline(folder: Path, broker: Broker, database: CouchDB) -> MakePipeli
 def pipeline(make_pipeline: MakePipeline) -> Iterator[Pipeline]:
     with make_pipeline() as pipeline:
         yield pipeline
+        # A test that fails leaves what it killed dead, and the next ones need it.
+        for server in (pipeline.broker, pipeline.database):
+            if not server.running:
+                server.start().wait_ready()
 
 
 @pytest.fixture
