@@ -856,6 +856,10 @@ class Pipeline:
         """The database's documents by id."""
         return self.database.documents(self.database_name)
 
+    def produced(self) -> int:
+        """How many records of images the topic has been given."""
+        return sum(self.broker.ends(self.image_topic).values())
+
     def complete(self) -> int:
         """How many documents hold an image and its prediction."""
         return sum(STORED_AT in document for document in self.documents().values())

@@ -44,10 +44,6 @@ def flags_of(environment: dict[str, str]) -> list[str]:
     ]
 
 
-def produced(pipeline: Pipeline) -> int:
-    return sum(pipeline.broker.ends(pipeline.image_topic).values())
-
-
 def test_images_flow_between_apps_that_log_in(
     secure_pipeline: Pipeline, assert_clean: Callable[[Pipeline, int], None]
 ) -> None:
@@ -73,7 +69,7 @@ def test_other_ways_to_log_in(
         chosen |= {"IOT_SASL_USERNAME": "", "IOT_SASL_PASSWORD_FILE": ""}
     app = secure_pipeline.produce("--count", "3", "--interval", "0", *flags_of(chosen)).start()
     assert app.wait(60) == 0, app.output()
-    assert produced(secure_pipeline) == 3
+    assert secure_pipeline.produced() == 3
 
 
 REFUSALS: dict[str, tuple[dict[str, str], str]] = {
@@ -159,7 +155,7 @@ def test_a_wrong_password_is_told_and_waited_for(
     assert app.running
     file.write_text(secure_broker.passwords["iot-producer"] + "\n")
     assert app.wait(40) == 0, app.output()
-    assert produced(secure_pipeline) == 1
+    assert secure_pipeline.produced() == 1
 
 
 def test_the_audit_says_what_is_wrong_and_ends(secure_pipeline: Pipeline, tmp_path: Path) -> None:
@@ -226,7 +222,7 @@ def test_both_passwords_are_known_while_one_changes(
     file = write_secret(tmp_path / "password", both)
     app = secure_pipeline.produce("--count", "2", "--sasl-password-file", str(file)).start()
     assert app.wait(40) == 0, app.output()
-    assert produced(secure_pipeline) == 2
+    assert secure_pipeline.produced() == 2
 
 
 def set_password(broker: SecureBroker, user: str, password: str) -> None:
@@ -261,8 +257,8 @@ def test_passwords_change_under_running_services_and_nothing_is_lost(
     try:
         for user, password in changed.items():
             set_password(secure_broker, user, password)
-        images = produced(secure_pipeline)
-        wait_for(lambda: produced(secure_pipeline) > images + 5, "images on old connections")
+        images = secure_pipeline.produced()
+        wait_for(lambda: secure_pipeline.produced() > images + 5, "images on old connections")
         # Connections that stand are not asked again. These end, and the old password with them.
         secure_broker.stop()
         secure_broker.start().wait_ready()
@@ -270,10 +266,10 @@ def test_passwords_change_under_running_services_and_nothing_is_lost(
             wait_for(lambda a=app: "refuses user" in a.output(), f"{user} to be refused", 40)  # type: ignore[misc]
         for user, password in changed.items():
             files[user].write_text(password + "\n")
-        images = produced(secure_pipeline)
-        wait_for(lambda: produced(secure_pipeline) > images + 10, "images again")
+        images = secure_pipeline.produced()
+        wait_for(lambda: secure_pipeline.produced() > images + 10, "images again")
         assert producer.stop() == 0, producer.output()
-        assert_clean(secure_pipeline, produced(secure_pipeline))
+        assert_clean(secure_pipeline, secure_pipeline.produced())
         assert {user: app.pid for user, app in apps.items() if app is not producer} == {
             user: pid for user, pid in before.items() if apps[user] is not producer
         }

@@ -152,7 +152,7 @@ def test_a_replay_that_is_cut_off_and_done_again_leaves_nothing_out(
         until = time.monotonic() + 120
         # It stands still while we look, so that it is not done before it can be cut off.
         replay.send_signal(signal.SIGSTOP)
-        while sum(pipeline.broker.ends(pipeline.image_topic).values()) < 2 * BATCH_RECORDS:
+        while pipeline.produced() < 2 * BATCH_RECORDS:
             assert time.monotonic() < until, "nothing is replayed"
             replay.send_signal(signal.SIGCONT)
             time.sleep(0.1)
@@ -232,7 +232,7 @@ def test_at_a_terminal_it_asks(answer: str, status: int, pipeline: Pipeline) -> 
     assert "Replay them? [y/N]" in said
     assert (replay.returncode, "Nothing was done." in said) == (status, status == 1)
     assert len(listed(pipeline)) == status
-    assert sum(pipeline.broker.ends(pipeline.image_topic).values()) == 1 - status
+    assert pipeline.produced() == 1 - status
 
 
 def test_an_operator_may_and_others_may_not(secure_pipeline: Pipeline) -> None:

@@ -17,8 +17,8 @@ from iot_pipeline.kafka import Sender
 from iot_pipeline.settings import ProduceSettings, load
 
 
-def count_produced(pipeline: Pipeline) -> int:
-    return sum(pipeline.broker.ends(pipeline.image_topic).values())
+def wait_for_images(pipeline: Pipeline, count: int) -> None:
+    wait_for(lambda: pipeline.produced() >= count, f"{count} images")
 
 
 @pytest.mark.timeout(400)
@@ -36,13 +36,13 @@ def test_each_part_killed_while_500_images_flow(
         producer = pipeline.produce("--interval", "0.1").start().wait_ready()
         victims: list[Process] = [infer, store, pipeline.database, pipeline.broker]
         for number, victim in enumerate(victims, start=1):
-            wait_for(lambda n=number: count_produced(pipeline) >= 60 * n, f"{60 * number} images")  # type: ignore[misc]
+            wait_for_images(pipeline, 60 * number)
             before = victim.pid
             victim.kill()
             assert not victim.running
             victim.start().wait_ready()
             assert victim.pid != before
-        wait_for(lambda: count_produced(pipeline) >= 500, "500 images")
+        wait_for_images(pipeline, 500)
         assert producer.stop() == 0, producer.output()
         assert_clean(pipeline, len({r.key for r in pipeline.broker.records(pipeline.image_topic)}))
         for worker in (infer, store):
@@ -63,10 +63,10 @@ def test_two_inference_workers_share_the_work_and_one_may_leave(
     seen = first.output().count("classified")
     wait_for(lambda: first.output().count("classified") > seen, "the first to go on")
     assert first.stop() == 0
-    images = count_produced(pipeline)
-    wait_for(lambda: count_produced(pipeline) > images + 20, "images after it left")
+    images = pipeline.produced()
+    wait_for(lambda: pipeline.produced() > images + 20, "images after it left")
     assert producer.stop() == 0
-    assert_clean(pipeline, count_produced(pipeline))
+    assert_clean(pipeline, pipeline.produced())
 
 
 def test_a_client_that_gave_a_record_up_is_replaced(pipeline: Pipeline) -> None:

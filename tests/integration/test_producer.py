@@ -102,19 +102,16 @@ def peak_mib(producer: App) -> float:
 def test_a_broker_killed_under_full_load_gets_each_image_once(
     pipeline: Pipeline, compression: str
 ) -> None:
-    def count() -> int:
-        return sum(pipeline.broker.ends(pipeline.image_topic).values())
-
     producer = pipeline.produce("--interval", "0", "--compression", compression).start()
-    wait_for(lambda: count() > 2000, "images")
+    wait_for(lambda: pipeline.produced() > 2000, "images")
     pipeline.broker.kill()
     peak = peak_mib(producer)
     wait_for(lambda: "broker does not confirm" in producer.output(), "a warning")
     # Images that cannot go anywhere do not pile up.
     assert peak_mib(producer) - peak < 2 * WINDOW_BYTES / 2**20
     pipeline.broker.start().wait_ready()
-    before = count()
-    wait_for(lambda: count() > before + 2000, "images again")
+    before = pipeline.produced()
+    wait_for(lambda: pipeline.produced() > before + 2000, "images again")
     assert producer.stop() == 0, producer.output()
     sent = sent_line(producer)
     messages = produced(pipeline, pipeline.image_topic)
@@ -158,14 +155,14 @@ def test_those_too_large_for_the_topic_are_found_among_many(
 def test_large_images_do_not_fill_the_memory(pipeline: Pipeline, tmp_path: Path) -> None:
     folder = make_images(tmp_path, {str(number): 700_000 for number in range(5)})
     producer = pipeline.produce("--source", str(folder), "--interval", "0").start().wait_ready()
-    wait_for(lambda: sum(pipeline.broker.ends(pipeline.image_topic).values()) > 200, "images")
+    wait_for(lambda: pipeline.produced() > 200, "images")
     assert peak_mib(producer) < 200  # of the 256 that the role allows
     assert producer.stop() == 0
 
 
 def test_sigterm_at_full_speed_leaves_nothing_unconfirmed(pipeline: Pipeline) -> None:
     producer = pipeline.produce("--interval", "0").start().wait_ready()
-    wait_for(lambda: sum(pipeline.broker.ends(pipeline.image_topic).values()) > 2000, "images")
+    wait_for(lambda: pipeline.produced() > 2000, "images")
     assert producer.stop() == 0
     last = sent_line(producer)
     assert last["unconfirmed"] == 0
