@@ -191,6 +191,89 @@ def test_a_compiled_engine_sees_what_torch_sees(
     assert compiled.predict([]) == []
 
 
+INT16 = 32_767
+
+
+def integer_weights(network: Path) -> list[Any]:
+    """The int8 weights of a network in ONNX or in OpenVINO's format, an array a layer."""
+    import openvino
+
+    from iot_pipeline.engines import open_vino
+
+    core = open_vino._core()
+    weights = []
+    for node in core.read_model(network).get_ops():
+        if not node.get_output_size() or node.get_element_type() != openvino.Type.i8:
+            continue
+        try:
+            # What is computed of constants alone.
+            alone = openvino.Model([node.output(0)], [])
+        except RuntimeError:
+            continue  # It needs the input.
+        values = core.compile_model(alone, "CPU")([])[0]
+        if values.ndim > 1:
+            weights.append(values)
+    return weights
+
+
+@needs("torch", "openvino", "onnxruntime")
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_two_products_fit_into_16_bits(tmp_path: Path, engine: str) -> None:
+    """A processor without VNNI adds a pair of them in 16 bits, which saturate."""
+    import onnxruntime
+    from torch import nn
+
+    from iot_pipeline.network import load_network
+    from iot_pipeline.quantisation import LARGEST_WEIGHT
+
+    find_engine(engine).build(MODEL, "int8", MODEL.config.ranges, tmp_path)
+    (file,) = tmp_path.glob("model.[ox]*")
+    if engine == "onnxruntime":
+        # What it makes of the file, in operators that all know.
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        file = tmp_path / "optimised.onnx"
+    layers = [
+        layer
+        for layer in load_network(MODEL).modules()
+        if isinstance(layer, nn.Conv2d | nn.Linear)
+    ]
+    weights = integer_weights(file)
+    assert len(weights) == len(layers)
+    for layer in weights:
+        # Kernels pair channels or pixels, each in an order of its own: any two may meet.
+        assert 2 * 255 * abs(layer.astype(int)).max() <= INT16
+        assert abs(layer.astype(int)).max() == LARGEST_WEIGHT
+
+
+@needs("torch", "openvino")
+def test_a_signal_is_heard_after_models_were_loaded_and_dropped(tmp_path: Path) -> None:
+    """In a process of its own, which it would end."""
+    find_engine("openvino").build(MODEL, "fp32", None, tmp_path)
+    script = (
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from iot_pipeline.engines import open_vino\n"
+        "from iot_pipeline.model import find_model\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('heard'))\n"
+        f"first = open_vino.load(find_model(), 'fp32', Path({str(tmp_path)!r}), 1)\n"
+        f"second = open_vino.load(find_model(), 'fp32', Path({str(tmp_path)!r}), 1)\n"
+        "del first\n"
+        "del second\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={"PYTHONPATH": ":".join(path for path in sys.path if path)},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
+
+
 @needs("torch", "openvino", "onnxruntime")
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
 def test_a_service_with_a_prepared_model_does_not_import_torch(tmp_path: Path, engine: str) -> None:

@@ -30,7 +30,7 @@ __all__ = [
 PREPARED = "prepared.json"
 """In the folder of a prepared model: how it was made and how it compared."""
 
-_FORMAT = 1  # of what is in the folder: another number makes every host prepare its model again
+_FORMAT = 2  # of what is in the folder: another number makes every host prepare its model again
 
 
 @dataclass(frozen=True)

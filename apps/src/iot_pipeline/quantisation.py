@@ -1,9 +1,9 @@
 """Static int8: a network whose layers see 256 values each, for an engine to run as integers.
 
 Values between layers are cut to a range that was measured on images (`measure_ranges`) and rounded
-to 256 steps; weights are rounded to 255 steps, by output channel. torch computes this in floats.
+to 256 steps; weights are rounded to 127 steps, by output channel. torch computes this in floats.
 ONNX has a pair of operators for it (QuantizeLinear, DequantizeLinear), from which ONNX Runtime and
-OpenVINO make integer kernels, so both run the same numbers.
+OpenVINO make integer kernels, so both run the same numbers, on every processor.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from iot_pipeline.model import ModelError, Ranges
+
+LARGEST_WEIGHT = 63
+"""Weights are whole numbers of at most this size: 7 bits. A processor without VNNI adds two products
+of an unsigned and a signed byte in 16 bits (`vpmaddubsw`), which saturate beyond 32,767. That is
+what two of 255 x 127 do, and two of 255 x 63 never."""
 
 INPUT = "input"
 """Stands for the network's input among the names of ranges."""
@@ -125,12 +130,13 @@ class _RoundedWeights(nn.Module):  # type: ignore[misc]
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
-        scales = layer.weight.detach().abs().flatten(1).amax(1).clamp(min=1e-12) / 127
-        self.register_buffer("scales", scales)
-        self.register_buffer("zeros", torch.zeros(len(scales), dtype=torch.int32))
+        largest = layer.weight.detach().abs().flatten(1).amax(1).clamp(min=1e-12)
+        self.register_buffer("scales", largest / LARGEST_WEIGHT)
+        self.register_buffer("zeros", torch.zeros(len(largest), dtype=torch.int32))
 
     def forward(self, values: Tensor) -> Tensor:
         layer = self.layer
+        # ONNX knows no narrower integers than 8 bits. The scales keep the weights within 7.
         weights = torch.fake_quantize_per_channel_affine(
             layer.weight, self.scales, self.zeros, 0, -128, 127
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino
@@ -12,6 +14,17 @@ from iot_pipeline.engines import Answer, Run
 from iot_pipeline.model import Model, Ranges
 
 FILE = "model.xml"
+
+
+@functools.cache
+def _core() -> Any:
+    """The core, one for the life of the process.
+
+    A core gives its thread a signal stack, and back the one before when it goes. Of two that go in
+    the order in which they came, the second gives back the first one's, which is unmapped by then:
+    the next signal that Python handles ends the process.
+    """
+    return openvino.Core()
 
 
 def version() -> str:
@@ -26,13 +39,12 @@ def build(model: Model, precision: str, ranges: Ranges | None, folder: Path) -> 
     onnx = folder / "model.onnx"
     write_onnx(model, ranges if precision == "int8" else None, onnx)
     # By default it would round weights to half precision.
-    openvino.save_model(openvino.Core().read_model(onnx), folder / FILE, compress_to_fp16=False)
+    openvino.save_model(_core().read_model(onnx), folder / FILE, compress_to_fp16=False)
     onnx.unlink()
 
 
 def load(model: Model, precision: str, folder: Path, threads: int) -> Run:
     """Load the model and compile it for this processor, which takes half a second."""
-    core = openvino.Core()
     options = {
         # Without this, it takes bfloat16 where the processor has it.
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
@@ -41,7 +53,7 @@ def load(model: Model, precision: str, folder: Path, threads: int) -> Run:
         "ENABLE_CPU_PINNING": False,
         **({"INFERENCE_NUM_THREADS": threads} if threads else {}),
     }
-    compiled = core.compile_model(core.read_model(folder / FILE), "CPU", options)
+    compiled = _core().compile_model(_core().read_model(folder / FILE), "CPU", options)
     request = compiled.create_infer_request()
     width, height = model.config.size
 
