@@ -12,12 +12,12 @@ from iot_pipeline.settings import COMMANDS, SETTINGS_DIRECTORY, describe, enviro
 
 
 def precision(settings: Any) -> str:
-    """What `auto` stands for with this host's engine and model."""
-    from iot_pipeline import engines
+    """What `auto` came to with this host's engine and model."""
+    from iot_pipeline.classifier import find_prepared
     from iot_pipeline.model import find_model
 
     model = find_model(settings.model, settings.model_revision or None)
-    return engines.choose_precision(settings.engine, "auto", model, calibrated=True)
+    return find_prepared(model, settings.engine, "auto", settings.model_cache)[0]
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,27 @@ import pytest
 import yaml
 from PIL import Image
 
-from iot_pipeline import cli, engines, prepare
+from iot_pipeline import cli, prepare
 from iot_pipeline.classifier import PREPARED, load_classifier, prepared_folder
-from iot_pipeline.engines import MODULES, PRECISIONS, EngineError, choose_precision, find_engine
+from iot_pipeline.engines import (
+    MODULES,
+    PRECISIONS,
+    EngineError,
+    PrecisionError,
+    find_engine,
+    ladder,
+)
 from iot_pipeline.errors import ConfigError, Exit
 from iot_pipeline.model import Model, find_model
 from iot_pipeline.prepare import ParityError, check_parity
+from iot_pipeline.processor import instructions
 from iot_pipeline.settings import PrepareModelSettings, load
+
+if importlib.util.find_spec("torch") and importlib.util.find_spec("timm"):
+    # The tools' numpy is another than torch was built with, of which torch warns once.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("timm")
 
 ROOT = Path(__file__).parents[2]
 MODEL = find_model()
@@ -93,20 +108,20 @@ def test_an_unknown_engine_is_refused_with_those_there_are() -> None:
 @pytest.mark.parametrize(
     "engine,precision,model,calibrated,chosen",
     [
-        ("torch", "auto", MODEL, False, "fp32"),
-        ("openvino", "auto", MODEL, False, "int8"),
-        ("onnxruntime", "auto", MODEL, False, "int8"),
-        ("openvino", "auto", UNCALIBRATED, False, "fp32"),
+        ("torch", "auto", MODEL, False, ("fp32",)),
+        ("openvino", "auto", MODEL, False, ("int8", "fp32")),
+        ("onnxruntime", "auto", MODEL, False, ("int8", "fp32")),
+        ("openvino", "auto", UNCALIBRATED, False, ("fp32",)),
         # Images are for who asks for int8: a service without them would look for another model.
-        ("openvino", "auto", UNCALIBRATED, True, "fp32"),
-        ("openvino", "int8", UNCALIBRATED, True, "int8"),
-        ("openvino", "bf16", UNCALIBRATED, False, "bf16"),
+        ("openvino", "auto", UNCALIBRATED, True, ("fp32",)),
+        ("openvino", "int8", UNCALIBRATED, True, ("int8",)),
+        ("openvino", "bf16", UNCALIBRATED, False, ("bf16",)),
     ],
 )
-def test_precision(
-    engine: str, precision: str, model: Model, calibrated: bool, chosen: str
+def test_precisions_to_try(
+    engine: str, precision: str, model: Model, calibrated: bool, chosen: tuple[str, ...]
 ) -> None:
-    assert choose_precision(engine, precision, model, calibrated=calibrated) == chosen
+    assert ladder(engine, precision, model, calibrated=calibrated) == chosen
 
 
 @pytest.mark.parametrize(
@@ -121,7 +136,7 @@ def test_a_precision_that_there_is_not_is_refused_with_what_there_is(
     engine: str, precision: str, words: str
 ) -> None:
     with pytest.raises(EngineError, match=words):
-        choose_precision(engine, precision, UNCALIBRATED, calibrated=False)
+        ladder(engine, precision, UNCALIBRATED, calibrated=False)
 
 
 @pytest.mark.parametrize(
@@ -130,11 +145,12 @@ def test_a_precision_that_there_is_not_is_refused_with_what_there_is(
         {"engine": "onnxruntime"},
         {"version": "2"},
         {"precision": "fp32"},
+        {"precision": "auto"},
         {"model": replace(MODEL, digest="0" * 64)},
         {"model": replace(MODEL, config=replace(MODEL.config, mean=(0.0, 0.0, 0.0)))},
         {"model": UNCALIBRATED},
     ],
-    ids=["engine", "version", "precision", "weights", "normalisation", "ranges"],
+    ids=["engine", "version", "precision", "auto", "weights", "normalisation", "ranges"],
 )
 def test_a_prepared_model_is_found_by_all_that_it_depends_on(change: dict[str, Any]) -> None:
     inputs = {"model": MODEL, "engine": "openvino", "version": "1", "precision": "int8"}
@@ -144,7 +160,7 @@ def test_a_prepared_model_is_found_by_all_that_it_depends_on(change: dict[str, A
 
 
 def test_ranges_matter_to_int8_alone() -> None:
-    for precision, equal in (("fp32", True), ("int8", False)):
+    for precision, equal in (("fp32", True), ("int8", False), ("auto", False)):
         folders = {
             prepared_folder("/cache", model, "openvino", "1", precision)
             for model in (MODEL, UNCALIBRATED)
@@ -172,7 +188,12 @@ def test_a_compiled_engine_sees_what_torch_sees(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str, precision: str
 ) -> None:
     chosen = settings(tmp_path, engine=engine, precision=precision)
-    assert prepare.run(chosen) == Exit.OK
+    try:
+        assert prepare.run(chosen) == Exit.OK
+    except PrecisionError as error:
+        if precision != "bf16":
+            raise
+        pytest.skip(error.reason)
     assert capsys.readouterr().out.splitlines()[-1].startswith("made ")
     assert prepare.run(chosen) == Exit.OK
     assert capsys.readouterr().out.startswith("found ")
@@ -236,9 +257,7 @@ def test_two_products_fit_into_16_bits(tmp_path: Path, engine: str) -> None:
         onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         file = tmp_path / "optimised.onnx"
     layers = [
-        layer
-        for layer in load_network(MODEL).modules()
-        if isinstance(layer, nn.Conv2d | nn.Linear)
+        layer for layer in load_network(MODEL).modules() if isinstance(layer, nn.Conv2d | nn.Linear)
     ]
     weights = integer_weights(file)
     assert len(weights) == len(layers)
@@ -310,19 +329,138 @@ def test_parity() -> None:
         check_parity(0.883, 0.8779, "this")
 
 
-def wrong_ranges() -> dict[str, tuple[float, float]]:
-    return dict.fromkeys(MODEL.config.ranges or {}, (0.0, 0.01))
+def local_model(folder: Path, ranges: dict[str, tuple[float, float]] | None) -> str:
+    """The shipped weights with other ranges; returns how settings name them."""
+    folder.mkdir()
+    config = json.loads((ROOT / "apps/models/config.json").read_text())
+    del config["activation_ranges"]
+    if ranges:
+        config["activation_ranges"] = ranges
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(MODEL.weights)
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture
+def poor(tmp_path: Path) -> str:
+    """A model whose ranges are wrong, so that int8 sees little."""
+    return local_model(tmp_path / "poor", dict.fromkeys(MODEL.config.ranges or {}, (0.0, 0.01)))
 
 
 @needs("torch", "openvino")
-def test_a_less_accurate_model_is_refused_and_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    poor = replace(MODEL, config=replace(MODEL.config, ranges=wrong_ranges()))
-    monkeypatch.setattr(prepare, "find_model", lambda *_: poor)
-    with pytest.raises(ParityError, match="openvino in int8") as caught:
-        prepare.run(settings(tmp_path, engine="openvino"))
+def test_a_less_accurate_model_is_refused_and_not_kept(tmp_path: Path, poor: str) -> None:
+    cache = tmp_path / "cache"
+    with pytest.raises(ParityError, match=r"openvino in int8.*inference_node_precision") as caught:
+        prepare.run(settings(cache, engine="openvino", model=poor, precision="int8"))
     assert caught.value.exit_status == Exit.FAILED
+    assert list(cache.iterdir()) == []
+
+
+@needs("torch", "openvino")
+def test_auto_steps_down_from_a_less_accurate_model(
+    tmp_path: Path, poor: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    chosen = settings(cache, engine="openvino", model=poor)
+    why = "int8: openvino in int8 gets "
+    assert prepare.run(chosen) == Exit.OK
+    *lines, last = capfd.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith(f"auto is not {why}")]
+    assert last.startswith("made ")
+    assert " in fp32 at " in last
+    (file,) = cache.glob(f"*/{PREPARED}")
+    written = file.read_bytes()
+    record = json.loads(written)
+    assert record["precision"] == "fp32"
+    assert [step.startswith(why) for step in record["stepped_down"]] == [True]
+
+    assert prepare.run(chosen) == Exit.OK
+    told, found = capfd.readouterr().out.splitlines()
+    assert told.startswith(f"auto is not {why}")
+    assert found.startswith("found ")
+    assert " in fp32 at " in found
+    assert file.read_bytes() == written
+
+    # The service takes what was made, and decides nothing.
+    pixels = [load_classifier(threads=1).prepare(image) for image in images()]
+    seen = load_classifier(poor, engine="openvino", cache=cache, threads=1).predict(pixels)
+    for prediction, expected in zip(seen, load_classifier(threads=1).predict(pixels), strict=True):
+        assert prediction.confidence == pytest.approx(expected.confidence, abs=1e-4)
+
+
+# An ONNX Runtime that has an instruction for int8 that the processor has not.
+TOO_NEW = """
+import importlib, os, pathlib, signal, sys
+
+sys.path.remove(os.path.dirname(os.path.dirname(__file__)))
+del sys.modules["onnxruntime"]
+real = importlib.import_module("onnxruntime")
+
+class Session(real.InferenceSession):
+    def __init__(self, path, *arguments, **options):
+        if b"QuantizeLinear" in pathlib.Path(path).read_bytes():
+            os.kill(os.getpid(), signal.SIGILL)
+        super().__init__(path, *arguments, **options)
+
+real.InferenceSession = Session
+"""
+
+
+@pytest.fixture
+def too_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "site" / "onnxruntime"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(TOO_NEW)
+    monkeypatch.syspath_prepend(package.parent)
+
+
+@needs("torch", "onnxruntime")
+@pytest.mark.usefixtures("too_new")
+def test_auto_steps_down_from_what_the_processor_lacks(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    assert prepare.run(settings(cache, engine="onnxruntime")) == Exit.OK
+    *lines, last = capfd.readouterr().out.splitlines()
+    why = "int8: onnxruntime in int8 ends with SIGILL on this processor"
+    assert f"auto is not {why}" in lines
+    assert last.startswith("made ")
+    (folder,) = cache.iterdir()
+    record = json.loads((folder / PREPARED).read_text())
+    assert (record["precision"], record["stepped_down"]) == ("fp32", [why])
+
+
+@needs("torch", "onnxruntime")
+@pytest.mark.usefixtures("too_new")
+def test_what_the_processor_lacks_names_the_variables(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with pytest.raises(PrecisionError, match=r"SIGILL.*inference_node_engine") as caught:
+        prepare.run(settings(cache, engine="onnxruntime", precision="int8"))
+    assert caught.value.exit_status == Exit.CONFIG
+    assert list(cache.iterdir()) == []
+
+
+@needs("torch", "onnxruntime")
+def test_another_processor_gets_a_model_of_its_own(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    chosen = settings(tmp_path, engine="onnxruntime")
+    prepare.run(chosen)
+    (file,) = tmp_path.glob(f"*/{PREPARED}")
+    record = json.loads(file.read_text())
+    assert record["instructions"] == instructions()
+    file.write_text(json.dumps({**record, "instructions": ["another"]}))
+    prepare.run(chosen)
+    assert capfd.readouterr().out.splitlines()[-1].startswith("made ")
+    assert json.loads(file.read_text()) == record
+
+
+@pytest.mark.skipif("avx512bw" in instructions(), reason="this processor computes bfloat16")
+@pytest.mark.parametrize("engine", ["torch", pytest.param("openvino", marks=needs("openvino"))])
+@needs("torch")
+def test_bfloat16_is_refused_where_the_processor_has_none(tmp_path: Path, engine: str) -> None:
+    with pytest.raises(PrecisionError, match=r"processor.*inference_node_precision"):
+        prepare.run(settings(tmp_path, engine=engine, precision="bf16"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -331,13 +469,7 @@ def test_ranges_can_be_measured_on_the_host(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A model without ranges: fp32 by default, int8 refused, and had with images."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    config = json.loads((ROOT / "apps/models/config.json").read_text())
-    del config["activation_ranges"]
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "model.safetensors").write_bytes(MODEL.weights)
-    chosen = {"model": f"local-dir:{folder}", "engine": "openvino"}
+    chosen = {"model": local_model(tmp_path / "model", None), "engine": "openvino"}
     cache = tmp_path / "cache"
 
     prepare.run(settings(cache, **chosen))
@@ -385,12 +517,20 @@ def test_torch_compile_needs_torch_2(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command_line_says_why_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def absent(name: str) -> engines.Engine:
-        raise EngineError(f"{name} is not here")
+    arguments = ["prepare-model", "--engine", "torch-compile", "--precision", "int8"]
+    assert cli.main([*arguments, "--model-cache", str(tmp_path)]) == Exit.CONFIG
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("iot-pipeline prepare-model: the engine torch-compile has no precision")
 
-    monkeypatch.setattr(prepare, "find_engine", absent)
-    arguments = ["prepare-model", "--engine", "openvino", "--model-cache", str(tmp_path)]
-    assert cli.main(arguments) == Exit.CONFIG
-    assert capsys.readouterr().err == "iot-pipeline prepare-model: openvino is not here\n"
+
+@needs("torch", "openvino")
+def test_an_image_that_cannot_be_read_names_its_source(tmp_path: Path) -> None:
+    folder = tmp_path / "images" / "cat"
+    folder.mkdir(parents=True)
+    (folder / "1.png").write_bytes(b"junk")
+    with pytest.raises(ConfigError, match="images holds an image that cannot be read"):
+        prepare.run(
+            settings(tmp_path / "c", engine="openvino", validation_images=str(folder.parent))
+        )

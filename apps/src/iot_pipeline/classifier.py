@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -113,16 +114,34 @@ def load_classifier(
     """
     found = find_model(model, revision or None)
     module = engines.find_engine(engine)
+    chosen, folder = find_prepared(found, engine, precision, cache or "")
+    return Classifier(found, module.load(found, chosen, folder, threads or 0))
+
+
+def find_prepared(model: Model, engine: str, precision: str, cache: str | Path) -> tuple[str, Path]:
+    """What `iot-pipeline prepare-model` made of a model on this host.
+
+    Returns:
+        The precision that it is computed with, which for `auto` only this host knows, and the
+        folder. torch in single precision does without one.
+
+    Raises:
+        EngineError: the engine is not installed, has no such precision, or has no prepared model.
+    """
+    version = engines.find_engine(engine).version()
     # What prepared the model has measured ranges where it came with none.
-    precision = engines.choose_precision(engine, precision, found, calibrated=True)
-    folder = prepared_folder(cache or "", found, engine, module.version(), precision)
-    if is_prepared(engine, precision) and not (folder / PREPARED).is_file():
+    rungs = engines.ladder(engine, precision, model, calibrated=True)
+    folder = prepared_folder(cache, model, engine, version, precision)
+    if not is_prepared(engine, precision):
+        return rungs[0], folder
+    record = read_record(folder)
+    if record is None:
         raise EngineError(
-            f"there is no model prepared for {engine} {module.version()} in {precision} at "
+            f"there is no model prepared for {engine} {version} in {precision} at "
             f"{folder}: run `iot-pipeline prepare-model` with the same settings (the folder is "
             f"IOT_MODEL_CACHE), as the role inference_node does, or {engines.HOW_TO_CHOOSE}"
         )
-    return Classifier(found, module.load(found, precision, folder, threads or 0))
+    return record["precision"], folder
 
 
 def classifier_of(settings: ModelSettings) -> Classifier:
@@ -138,16 +157,33 @@ def classifier_of(settings: ModelSettings) -> Classifier:
 
 
 def is_prepared(engine: str, precision: str) -> bool:
-    """Whether an engine runs a prepared model. torch in single precision runs the weights."""
-    return (engine, precision) != ("torch", "fp32")
+    """Whether an engine runs a prepared model. torch in single precision runs the weights.
+
+    Args:
+        engine: its name.
+        precision: what was asked for.
+    """
+    return engine != "torch" or precision not in ("auto", "fp32")
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What `PREPARED` in the folder of a prepared model says; None where there is none."""
+    try:
+        record = json.loads((folder / PREPARED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and "precision" in record else None
 
 
 def prepared_folder(
     cache: str | Path, model: Model, engine: str, version: str, precision: str
 ) -> Path:
-    """Where a prepared model lies: a folder named by all that it depends on."""
+    """Where a prepared model lies: a folder named by all that it depends on.
+
+    The precision is what was asked for: what `auto` came to on this host, the record in it says.
+    """
     config = model.config
-    ranges = sorted((config.ranges or {}).items()) if precision == "int8" else []
+    ranges = sorted((config.ranges or {}).items()) if precision in ("auto", "int8") else []
     inputs = [_FORMAT, model.digest, config.size, config.mean, config.std, config.channels, ranges]
     digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
     return Path(cache) / f"{model.name}-{engine}-{version}-{precision}-{digest[:8]}"

@@ -18,9 +18,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from iot_pipeline.model import ModelError, Ranges
 
 LARGEST_WEIGHT = 63
-"""Weights are whole numbers of at most this size: 7 bits. A processor without VNNI adds two products
-of an unsigned and a signed byte in 16 bits (`vpmaddubsw`), which saturate beyond 32,767. That is
-what two of 255 x 127 do, and two of 255 x 63 never."""
+"""Weights are whole numbers of at most this size: 7 bits. A processor without VNNI adds two
+products of an unsigned and a signed byte in 16 bits (`vpmaddubsw`), which saturate beyond 32,767.
+Two of 255 x 127 do that, two of 255 x 63 never."""
 
 INPUT = "input"
 """Stands for the network's input among the names of ranges."""

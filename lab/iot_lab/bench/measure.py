@@ -274,6 +274,9 @@ class Measurement:
         return samples
 
     def _engine(self, engine: str) -> dict[str, str]:
+        if engine == self._default:
+            # As it was prepared: what `auto` came to is not there under its own name.
+            return {}
         name, precision = engine.split()
         return {"IOT_ENGINE": name, "IOT_PRECISION": precision}
 

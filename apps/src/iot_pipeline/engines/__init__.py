@@ -41,6 +41,21 @@ class EngineError(ConfigError):
     """The engine cannot be used here. The message says why and which setting chooses another."""
 
 
+class PrecisionError(EngineError):
+    """The engine cannot be used in this precision on this host."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        """The reason, and what to set."""
+        return (
+            f"{self.reason}; set IOT_PRECISION or IOT_ENGINE (the role's variables: "
+            "inference_node_precision, inference_node_engine)"
+        )
+
+
 class Engine(Protocol):
     """What a module in this package has as functions."""
 
@@ -58,7 +73,11 @@ class Engine(Protocol):
         ...
 
     def load(self, model: Model, precision: str, folder: Path, threads: int) -> Run:
-        """Load what `build` left in the folder. The engine chooses how many threads, if 0."""
+        """Load what `build` left in the folder. The engine chooses how many threads, if 0.
+
+        Raises:
+            EngineError: this host lacks what it takes.
+        """
         ...
 
 
@@ -86,22 +105,24 @@ def _extra(name: str) -> str:
     return "inference" if name.startswith("torch") else f"inference-{name}"
 
 
-def choose_precision(engine: str, precision: str, model: Model, *, calibrated: bool) -> str:
-    """The precision to compute with.
+def ladder(engine: str, precision: str, model: Model, *, calibrated: bool) -> tuple[str, ...]:
+    """The precisions to try until one does, the fastest first.
 
     Args:
         engine: its name.
-        precision: what was asked for; `auto` is int8 where the engine has it and the model comes
-            with activation ranges, else fp32.
+        precision: what was asked for. `auto` is int8, where the engine has it and the model comes
+            with activation ranges, and then fp32. A name stands for itself.
         model: the model.
-        calibrated: whether there are, or were, images to measure ranges on.
+        calibrated: whether there are images to measure ranges on.
 
     Raises:
         EngineError: the engine, or the model, has no such precision.
     """
     known = PRECISIONS[engine]
     if precision == "auto":
-        return "int8" if "int8" in known and model.config.ranges is not None else "fp32"
+        # Not bf16: a processor that has it computes int8 faster still.
+        tried = ("int8", "fp32") if model.config.ranges is not None else ("fp32",)
+        return tuple(each for each in tried if each in known)
     if precision not in known:
         having = ", ".join(name for name, all_ in PRECISIONS.items() if precision in all_)
         raise EngineError(
@@ -116,4 +137,4 @@ def choose_precision(engine: str, precision: str, model: Model, *, calibrated: b
             "IOT_CALIBRATION_IMAGES (the role's variable: inference_node_calibration_images), or "
             "set IOT_PRECISION to fp32"
         )
-    return precision
+    return (precision,)

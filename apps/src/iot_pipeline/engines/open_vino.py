@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import openvino
+from openvino import Type
 
-from iot_pipeline.engines import Answer, Run
+from iot_pipeline.engines import Answer, PrecisionError, Run
 from iot_pipeline.model import Model, Ranges
 
 FILE = "model.xml"
@@ -54,6 +55,9 @@ def load(model: Model, precision: str, folder: Path, threads: int) -> Run:
         **({"INFERENCE_NUM_THREADS": threads} if threads else {}),
     }
     compiled = _core().compile_model(_core().read_model(folder / FILE), "CPU", options)
+    # Where the processor has none, it takes single precision without a word.
+    if precision == "bf16" and compiled.get_property("INFERENCE_PRECISION_HINT") != Type.bf16:
+        raise PrecisionError("this processor computes no bfloat16")
     request = compiled.create_infer_request()
     width, height = model.config.size
 
