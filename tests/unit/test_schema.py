@@ -304,7 +304,9 @@ def test_an_id_from_far_ahead_is_refused_and_read_all_the_same(
     kind: type[ImageMessage | PredictionMessage], fields: dict[str, Any], identifier: str
 ) -> None:
     record = KafkaRecord(json.dumps(fields | {"ID": identifier}).encode())
-    with pytest.raises(InvalidMessage, match="ID was made at .* more than 24 hours after") as caught:
+    with pytest.raises(
+        InvalidMessage, match="ID was made at .* more than 24 hours after"
+    ) as caught:
         decode_record(kind, record, LIMIT)
     assert caught.value.reason is Reason.INVALID_FIELD
     assert decode_record(kind, record, LIMIT, timedelta.max).id == identifier
@@ -332,7 +334,9 @@ def test_every_record_has_a_time(timestamp: int, kind: int) -> None:
 
 
 def test_a_range_may_begin_before_all_ids() -> None:
-    assert first_uuid7(datetime(1, 1, 1, tzinfo=UTC)) == first_uuid7(datetime(1970, 1, 1, tzinfo=UTC))
+    assert first_uuid7(datetime(1, 1, 1, tzinfo=UTC)) == first_uuid7(
+        datetime(1970, 1, 1, tzinfo=UTC)
+    )
 
 
 def test_a_dead_letter_says_where_it_came_from() -> None:
