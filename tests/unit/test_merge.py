@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import reduce
 
@@ -164,9 +164,7 @@ def test_whatever_is_stored_takes_messages_and_is_read(
 
 def test_what_others_added_counts_into_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "WRITE_BYTES", 10_000)
-    large: Iterator[Document] = (
-        {"_id": str(n), "Data": None, "More": "x" * 9000} for n in range(3)
-    )
+    large = ({"_id": str(number), "Data": None, "More": "x" * 9000} for number in range(3))
     assert [len(chunk) for chunk in chunks(large)] == [1, 1, 1]
 
 

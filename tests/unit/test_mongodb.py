@@ -272,8 +272,11 @@ def test_a_text_that_is_no_utf_8_is_read_and_not_written(server: Server, store: 
 
 
 names = st.sampled_from(
-    "$oid $date $binary $regularExpression $timestamp $code $ref $id $uuid $numberLong $numberDecimal"
-    " $dbPointer $type base64 subType t i pattern options".split()
+    [
+        *("$oid", "$date", "$binary", "$regularExpression", "$timestamp", "$code", "$ref", "$id"),
+        *("$uuid", "$numberLong", "$numberDecimal", "$dbPointer", "$type", "base64", "subType"),
+        *("t", "i", "pattern", "options"),
+    ]
 )
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

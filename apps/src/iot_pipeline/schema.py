@@ -286,7 +286,7 @@ class ImageMessage:
 
     @classmethod
     def decode(cls, value: bytes, ahead: timedelta = MAX_AHEAD) -> Self:
-        """Read a record's value. How far its id's time may be `ahead` of now is for who takes it in.
+        """Read a record's value. Its id's time may be so far `ahead` of now.
 
         Raises:
             InvalidMessage: with the reason.
@@ -337,7 +337,7 @@ class PredictionMessage:
 
     @classmethod
     def decode(cls, value: bytes, ahead: timedelta = MAX_AHEAD) -> Self:
-        """Read a record's value. How far its id's time may be `ahead` of now is for who takes it in.
+        """Read a record's value. Its id's time may be so far `ahead` of now.
 
         Raises:
             InvalidMessage: with the reason.
