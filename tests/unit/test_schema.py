@@ -305,7 +305,7 @@ def test_an_id_from_far_ahead_is_refused_and_read_all_the_same(
 ) -> None:
     record = KafkaRecord(json.dumps(fields | {"ID": identifier}).encode())
     with pytest.raises(
-        InvalidMessage, match="ID was made at .* more than 24 hours after"
+        InvalidMessage, match=r"ID was made at .* more than 24 hours after"
     ) as caught:
         decode_record(kind, record, LIMIT)
     assert caught.value.reason is Reason.INVALID_FIELD
