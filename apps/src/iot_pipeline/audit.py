@@ -17,7 +17,7 @@ pending
     The same, but younger than `--grace`, or replayed since.
 lost
     Records that Kafka deleted before a stage had read them: where its group stands lies before the
-    partition's first record. Once the stage runs again, it stands behind them, and nobody can tell.
+    partition's first record. Once it has read what follows, nobody can tell any more.
 expired
     Documents that lack something, of images older than all that the image topic holds: Kafka's
     retention of their records is over, or the cluster was built anew. Nobody can say any more
