@@ -45,7 +45,7 @@ APPS = paths.APPS / "bin"
 LOOPBACK = "127.0.0.1"
 PARTITIONS = 4  # of the image and the prediction topic: both are keyed by image id
 MAX_RECORD_BYTES = 1_000_000
-TOPIC_CONFIG = {"message.timestamp.type": "LogAppendTime"}  # see kafka_resources_topics
+TOPIC_CONFIG = {"message.timestamp.type": "LogAppendTime"}  # as on hosts: kafka_resources_topics
 READY_TIMEOUT = 90.0  # seconds; a busy machine loads torch slowly
 STOP_TIMEOUT = 30.0  # seconds from SIGTERM to SIGKILL
 TAIL_LINES = 20
@@ -419,14 +419,16 @@ class Broker(Process):
         finally:
             consumer.close()
 
-    def create_topics(self, topics: Mapping[str, tuple[int, int]]) -> None:
-        """Make topics from their name, partitions and largest record in bytes, else as on hosts."""
+    def create_topics(
+        self, topics: Mapping[str, tuple[int, int]], config: Mapping[str, str] = TOPIC_CONFIG
+    ) -> None:
+        """Make topics from their name, partitions and largest record in bytes."""
         new = [
             NewTopic(
                 name=name,
                 num_partitions=partitions,
                 replication_factor=1,
-                topic_configs=TOPIC_CONFIG | {"max.message.bytes": str(largest)},
+                topic_configs={**config, "max.message.bytes": str(largest)},
             )
             for name, (partitions, largest) in topics.items()
         ]
