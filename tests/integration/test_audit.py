@@ -132,8 +132,8 @@ def test_devices_with_wrong_clocks_are_audited_like_others(
     for identifier in (whole, lost, ahead):
         message = image(identifier)
         pipeline.broker.send(pipeline.image_topic, message.encode(), message.key)
-    message = prediction(whole)
-    pipeline.broker.send(pipeline.prediction_topic, message.encode(), message.key)
+    predicted = prediction(whole)
+    pipeline.broker.send(pipeline.prediction_topic, predicted.encode(), predicted.key)
     status, audit = pipeline.audit("--grace", "600", *since)
     assert (status, audit["produced"], audit["pending"]) == (0, 3, 3)
     pipeline.store().start().wait_ready()
