@@ -107,12 +107,14 @@ class Pipeline:
         self.ledger.saw_document(state)
         return state
 
-    def buried(self, record: KafkaRecord, stage: str = "iot-inference") -> int:
+    def buried(self, record: KafkaRecord, stage: str = "iot-inference", **more: Any) -> int:
         """Returns the dead letter's offset."""
         letter = DeadLetter.of(record, InvalidMessage(Reason.TRUNCATED_IMAGE, "cut"), stage)
         self.offset += 1
         self.ledger.saw_dead_letter(
-            KafkaRecord("iot-dead-letter", 0, self.offset, record.value, headers=letter.headers())
+            KafkaRecord(
+                "iot-dead-letter", 0, self.offset, record.value, headers=letter.headers(), **more
+            )
         )
         return self.offset
 
@@ -445,6 +447,23 @@ def test_what_came_before_since_is_left_out_whatever_its_clock_said() -> None:
     pipeline.stored(pipeline.image(AHEAD, 1))
     pipeline.sent(pipeline.prediction(pipeline.image(AHEAD, 2)), YOUNG)
     assert pipeline.report().produced == 0
+
+
+@pytest.mark.parametrize("action", ["", DROPPED, REPLAYED])
+def test_a_dead_letter_from_before_since_explains_a_document_that_its_id_puts_after(
+    action: str,
+) -> None:
+    pipeline = Pipeline(since=NOW - timedelta(hours=2))
+    image = pipeline.image(OLD)
+    pipeline.stored(image)  # of a device whose clock is two hours ahead: it came before
+    refused = KafkaRecord("iot-topic", 0, 7, image.encode(), image.key)
+    before = int((NOW - timedelta(hours=3)).timestamp() * 1000)
+    letter = pipeline.buried(refused, key=image.key, timestamp=before)
+    if action:
+        pipeline.handled(letter, action)
+    report = pipeline.report()
+    assert (report.produced, report.dead_lettered) == (1, 0)
+    assert report.missing == (action == REPLAYED)
 
 
 def test_a_clock_that_is_behind_makes_no_older_document_missing() -> None:

@@ -63,6 +63,7 @@ from iot_pipeline.progress import Progress
 from iot_pipeline.reading import CLOCK_SKEW, begins_of, ends_of, parse_moment, read, reading
 from iot_pipeline.schema import (
     IMAGE_FIELDS,
+    MAX_AHEAD,
     PREDICTION_FIELDS,
     REPLAYED,
     REPLAYED_FROM,
@@ -106,6 +107,8 @@ class _Refusal:
     """A record that was refused, and what became of its dead letters."""
 
     reason: str
+    counts: bool = False
+    """Whether one of them was written since the time that is asked for."""
     open: set[Place] = field(default_factory=set)
     replayed_at: datetime = NEVER
 
@@ -185,6 +188,7 @@ class Ledger:
         self._refusals: dict[Place, _Refusal] = {}
         # The same by the place of each dead letter: a record that two stages refuse has two.
         self._dead_letters: dict[Place, _Refusal] = {}
+        self._refusals_by_key: dict[bytes, list[_Refusal]] = {}
         self._invalid: dict[Place, datetime] = {}
         self._lost: dict[str, dict[Partition, int]] = {}
         self._duplicated = 0
@@ -192,15 +196,16 @@ class Ledger:
 
     def saw_dead_letter(self, record: Any) -> None:
         """A record of the dead-letter topic."""
-        if self._is_before(record_time(record)):
-            return
         handling = Handling.from_headers(record.headers)
         if handling is None:
             letter = DeadLetter.from_headers(record.headers)
             source = (letter.topic, letter.partition, letter.offset)
             refusal = self._refusals.setdefault(source, _Refusal(letter.reason))
+            refusal.counts |= not self._is_before(record_time(record))
             refusal.open.add(_place(record))
             self._dead_letters[_place(record)] = refusal
+            if record.key:
+                self._refusals_by_key.setdefault(record.key, []).append(refusal)
             return
         handled = (record.topic, handling.partition, handling.offset)
         if handled in self._dead_letters:
@@ -309,6 +314,13 @@ class Ledger:
     def _is_before(self, moment: datetime) -> bool:
         return self._since is not None and moment < self._since
 
+    def _is_explained_by_key(self, identifier: str, image: _Image) -> bool:
+        """Whether a dead letter of a record that came too long ago to be read says why."""
+        if image.image_records or image.prediction_records:
+            return False
+        refusals = self._refusals_by_key.get(identifier.encode(), ())
+        return any(refusal.explains() for refusal in refusals)
+
     def _is_expired(self, identifier: str, image: _Image, latest: datetime) -> bool:
         if self._since is not None or image.image_records or image.prediction_records:
             return False
@@ -339,7 +351,7 @@ class Ledger:
         }
         for identifier, image in concerning.items():
             lacks = image.lacks()
-            if not lacks or image.dead:
+            if not lacks or image.dead or self._is_explained_by_key(identifier, image):
                 continue
             moments = (image.came_at or uuid7_time(identifier), image.replayed_at)
             if any(young < moment <= latest for moment in moments):
@@ -354,6 +366,7 @@ class Ledger:
             else:
                 missing[f"{topic}-{partition}@{offset}"] = "invalid, and in no dead letter"
         images = concerning.values()
+        refusals = [refusal for refusal in self._refusals.values() if refusal.counts]
         # What two stages have not read is lost once.
         lost: dict[Partition, int] = {}
         for by_partition in self._lost.values():
@@ -378,14 +391,12 @@ class Ledger:
                 for image in images
             ),
             conflicting=sum(image.conflicting for image in images),
-            dead_lettered=len(self._refusals),
-            open_dead_letters=sum(bool(refusal.open) for refusal in self._refusals.values()),
+            dead_lettered=len(refusals),
+            open_dead_letters=sum(bool(refusal.open) for refusal in refusals),
             accuracy=round(right / len(judged), 4) if judged else None,
             latency_p50=_percentile(latencies, 50),
             latency_p95=_percentile(latencies, 95),
-            dead_letter_reasons=dict(
-                Counter(refusal.reason for refusal in self._refusals.values()).most_common()
-            ),
+            dead_letter_reasons=dict(Counter(refusal.reason for refusal in refusals).most_common()),
             missing_examples=dict(list(missing.items())[:SHOWN_MISSING]),
             lost_by_group={
                 group: sum(by_partition.values())
@@ -427,12 +438,15 @@ def _read_topics(
     # The ends are taken in the order in which records arise, so that each that is seen has what
     # follows from it in what is read after.
     topics = (settings.image_topic, settings.prediction_topic, settings.dead_letter_topic)
+    earlier = max(since, NEVER + MAX_AHEAD) - MAX_AHEAD if since else None
     with reading(settings) as consumer:
         try:
             ends = ends_of(consumer, topics, settings)
             for topic, saw in readers:
-                # A record is never older than the image it tells of.
-                begins = begins_of(consumer, ends[topic], since)
+                # A record is never older than the image it tells of, but an image may be older than
+                # its id says.
+                start = earlier if topic == settings.dead_letter_topic else since
+                begins = begins_of(consumer, ends[topic], start)
                 read(consumer, begins, ends[topic], saw, progress)
         finally:
             progress.clear()
