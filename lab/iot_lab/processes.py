@@ -45,6 +45,7 @@ APPS = paths.APPS / "bin"
 LOOPBACK = "127.0.0.1"
 PARTITIONS = 4  # of the image and the prediction topic: both are keyed by image id
 MAX_RECORD_BYTES = 1_000_000
+TOPIC_CONFIG = {"message.timestamp.type": "LogAppendTime"}  # as on hosts: kafka_resources_topics
 READY_TIMEOUT = 90.0  # seconds; a busy machine loads torch slowly
 STOP_TIMEOUT = 30.0  # seconds from SIGTERM to SIGKILL
 TAIL_LINES = 20
@@ -418,14 +419,16 @@ class Broker(Process):
         finally:
             consumer.close()
 
-    def create_topics(self, topics: Mapping[str, tuple[int, int]]) -> None:
+    def create_topics(
+        self, topics: Mapping[str, tuple[int, int]], config: Mapping[str, str] = TOPIC_CONFIG
+    ) -> None:
         """Make topics from their name, partitions and largest record in bytes."""
         new = [
             NewTopic(
                 name=name,
                 num_partitions=partitions,
                 replication_factor=1,
-                topic_configs={"max.message.bytes": str(largest)},
+                topic_configs={**config, "max.message.bytes": str(largest)},
             )
             for name, (partitions, largest) in topics.items()
         ]
@@ -805,6 +808,8 @@ class Pipeline:
             "IOT_DEAD_LETTER_TOPIC": self.dead_letter_topic,
             "IOT_MAX_RECORD_BYTES": str(MAX_RECORD_BYTES),
             "IOT_CACHE_DIR": str(self.folder),
+            "IOT_INFERENCE_GROUP": f"{self.prefix}iot-inference",
+            "IOT_STORAGE_GROUP": f"{self.prefix}iot-storage",
         }
 
     @property
@@ -824,7 +829,7 @@ class Pipeline:
         """An inference worker, not started. Several share the work."""
         environment = {
             **self._environment_of("iot-inference"),
-            "IOT_GROUP_ID": f"{self.prefix}iot-inference",
+            "IOT_GROUP_ID": self.environment["IOT_INFERENCE_GROUP"],
             # Waiting threads that spin take the processor from everything else on the machine.
             "OMP_WAIT_POLICY": "PASSIVE",
             "OPENBLAS_NUM_THREADS": "1",
@@ -836,7 +841,7 @@ class Pipeline:
         environment = {
             **self.database_environment,
             **self._environment_of("iot-storage"),
-            "IOT_GROUP_ID": f"{self.prefix}iot-storage",
+            "IOT_GROUP_ID": self.environment["IOT_STORAGE_GROUP"],
         }
         return self._app("store", environment, flags)
 

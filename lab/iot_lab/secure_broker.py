@@ -60,7 +60,7 @@ def pipeline_acls(prefix: str = "") -> list[dict[str, Any]]:
     """What each app has to be granted, written as the role kafka_resources takes it.
 
     READ and WRITE each imply DESCRIBE. An idempotent producer needs WRITE on a topic and nothing of
-    the cluster. The audit and the operator are in no group.
+    the cluster. The audit and the operator are in no group; the audit asks where the others stand.
     """
     images, predictions = f"{prefix}iot-topic", f"{prefix}iot-predictions"
     dead_letters = f"{prefix}iot-dead-letter"
@@ -77,6 +77,8 @@ def pipeline_acls(prefix: str = "") -> list[dict[str, Any]]:
         ("iot-audit", "topic", images, ["read"]),
         ("iot-audit", "topic", predictions, ["read"]),
         ("iot-audit", "topic", dead_letters, ["read"]),
+        ("iot-audit", "group", f"{prefix}iot-inference", ["describe"]),
+        ("iot-audit", "group", f"{prefix}iot-storage", ["describe"]),
         ("iot-operator", "topic", images, ["write"]),
         ("iot-operator", "topic", predictions, ["write"]),
         ("iot-operator", "topic", dead_letters, ["read", "write"]),

@@ -321,14 +321,22 @@ MAY: dict[str, set[str]] = {
         "write {predictions}",
         "write {dead_letters}",
         "join iot-inference",
+        "look at iot-inference",
     },
     "iot-storage": {
         "read {images}",
         "read {predictions}",
         "write {dead_letters}",
         "join iot-storage",
+        "look at iot-storage",
     },
-    "iot-audit": {"read {images}", "read {predictions}", "read {dead_letters}"},
+    "iot-audit": {
+        "read {images}",
+        "read {predictions}",
+        "read {dead_letters}",
+        "look at iot-inference",
+        "look at iot-storage",
+    },
     "iot-operator": {
         "write {images}",
         "write {predictions}",

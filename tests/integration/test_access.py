@@ -215,6 +215,17 @@ def test_the_audit_without_an_acl_says_which(ungranted: Pipeline) -> None:
     assert f"user 'iot-audit' may not read it: {ungranted.image_topic}" in done.stderr
 
 
+def test_the_audit_without_an_acl_for_a_group_says_which(
+    ungranted: Pipeline, secure_broker: SecureBroker
+) -> None:
+    granted = pipeline_acls(ungranted.prefix)
+    secure_broker.allow(entry for entry in granted if entry["resource_type"] != "group")
+    done = ungranted.run("audit")
+    assert done.returncode == Exit.CONFIG, done
+    group = f"{ungranted.prefix}iot-inference"
+    assert f"let user 'iot-audit' look at consumer group {group}: grant it DESCRIBE" in done.stderr
+
+
 def test_both_passwords_are_known_while_one_changes(
     secure_pipeline: Pipeline, secure_broker: SecureBroker, tmp_path: Path
 ) -> None:

@@ -193,6 +193,15 @@ class As:
             consumer.commit()
             return True
 
+    def looks_at(self, topic: str, group: str) -> bool:
+        """Where a group stands, without joining it, as the audit does."""
+        with self._consumer(group_id=group) as consumer:
+            try:
+                consumer.committed(TopicPartition(topic, 0))
+            except AuthorizationError:
+                return False
+            return True
+
     @contextlib.contextmanager
     def _consumer(self, **options: Any) -> Iterator[Any]:
         consumer = KafkaConsumer(
@@ -264,3 +273,6 @@ def test_each_app_may_do_its_work_and_nothing_else(
         "iot-audit": set(),
         "iot-operator": set(),
     }
+    audit = apps["iot-audit"]
+    assert {group for group in groups if audit.looks_at(images, group)} == set(groups)
+    assert not any(apps["iot-operator"].looks_at(images, group) for group in groups)

@@ -34,7 +34,8 @@ def ask(secure_broker: SecureBroker, ansible_module: Callable[..., dict[str, Any
 @pytest.fixture
 def topic(secure_broker: SecureBroker) -> str:
     name = f"looked-at-{uuid.uuid4()}"
-    secure_broker.create_topics({name: (2, 100_000)})
+    # Senders tell how old a record is.
+    secure_broker.create_topics({name: (2, 100_000)}, config={})
     return name
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from iot_lab.processes import Database, free_port, wait_for
 from iot_pipeline import stores
+from iot_pipeline.audit import Ledger
 from iot_pipeline.backup import BackupFile, documents_of, new_backup
 from iot_pipeline.errors import Reason, SinkUnavailable
 from iot_pipeline.progress import Progress
@@ -125,6 +126,29 @@ def test_halves_become_one_document_in_any_order(
     assert first.items() | second.items() <= content(found).items()
     assert STORED_AT in found
     assert writes(found) == 2
+
+
+ODD: list[Document] = [
+    {"Data": None},
+    {"Data": 7, "GroundTruth": ["cat"], "ProducedAt": {"at": True}, "Source": None},
+    {"ID": 0.5, "InferredAt": [], "Confidence": "much", STORED_AT: None, "Data": {"length": 1}},
+    {"InferredValue": {}, "Note": [None, {"a": [1.5, True]}], "ContentType": False},
+]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_whatever_stands_in_a_field_messages_go_on(connect: Connect, odd: Document) -> None:
+    store, identifier = connect(), uuid7()
+    # As who edits the database by hand leaves a document: what was there, changed.
+    merged(store, image(identifier) | odd)
+    for half in (prediction, image):
+        assert identifier in merged(store, half(identifier)).stored
+    [found] = store.scan()
+    assert is_complete(found)
+    assert [content(state) for state in documents_of(store, 0, lambda _: None)] == [content(found)]
+    ledger = Ledger()
+    ledger.saw_document(found)
+    assert ledger.report(0, MOMENT).duplicated == 0
 
 
 def test_what_comes_again_writes_nothing(connect: Connect) -> None:

@@ -6,13 +6,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from iot_pipeline.audit import Ledger, Report, _percentile, _table
 from iot_pipeline.errors import InvalidMessage, Reason
 from iot_pipeline.schema import (
     DROPPED,
+    LOG_APPEND_TIME,
     REPLAYED,
     REPLAYED_FROM,
     STORED_AT,
@@ -42,6 +46,7 @@ class KafkaRecord:
     key: bytes | None = None
     timestamp: int = int(OLD.timestamp() * 1000)
     headers: Sequence[tuple[str, bytes]] = field(default_factory=tuple)
+    timestamp_type: int = LOG_APPEND_TIME
 
 
 class Pipeline:
@@ -71,11 +76,23 @@ class Pipeline:
             inferred_at=image.produced_at,
         )
 
-    def sent(self, message: ImageMessage | PredictionMessage) -> KafkaRecord:
+    def sent(
+        self,
+        message: ImageMessage | PredictionMessage,
+        came_at: datetime | None = None,
+        **more: Any,
+    ) -> KafkaRecord:
+        """A record that came when the message says, or at another time."""
         image = isinstance(message, ImageMessage)
+        made_at = message.produced_at if isinstance(message, ImageMessage) else message.inferred_at
         self.offset += 1
         record = KafkaRecord(
-            "iot-topic" if image else "iot-predictions", 0, self.offset, message.encode()
+            "iot-topic" if image else "iot-predictions",
+            0,
+            self.offset,
+            message.encode(),
+            timestamp=int((came_at or made_at).timestamp() * 1000),
+            **more,
         )
         (self.ledger.saw_image if image else self.ledger.saw_prediction)(record)
         return record
@@ -90,12 +107,14 @@ class Pipeline:
         self.ledger.saw_document(state)
         return state
 
-    def buried(self, record: KafkaRecord, stage: str = "iot-inference") -> int:
+    def buried(self, record: KafkaRecord, stage: str = "iot-inference", **more: Any) -> int:
         """Returns the dead letter's offset."""
         letter = DeadLetter.of(record, InvalidMessage(Reason.TRUNCATED_IMAGE, "cut"), stage)
         self.offset += 1
         self.ledger.saw_dead_letter(
-            KafkaRecord("iot-dead-letter", 0, self.offset, record.value, headers=letter.headers())
+            KafkaRecord(
+                "iot-dead-letter", 0, self.offset, record.value, headers=letter.headers(), **more
+            )
         )
         return self.offset
 
@@ -394,6 +413,139 @@ def test_since_leaves_out_what_is_older() -> None:
     pipeline.sent(pipeline.image(YOUNG, 2))
     assert pipeline.report().produced == 1
     assert pipeline.report().missing == 0
+
+
+AHEAD, BEHIND = NOW + timedelta(days=365), datetime(1970, 1, 2, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("clock", [AHEAD, BEHIND, datetime(9999, 12, 31, tzinfo=UTC)])
+@pytest.mark.parametrize("since", [None, NOW - timedelta(hours=2)])
+def test_a_wrong_clock_hides_nothing_that_is_lost(clock: datetime, since: datetime | None) -> None:
+    pipeline = Pipeline(since)
+    lost, young, whole = (pipeline.image(clock, number) for number in range(3))
+    pipeline.sent(lost, OLD)
+    pipeline.sent(young, YOUNG)
+    pipeline.sent(whole, OLD)
+    pipeline.sent(pipeline.prediction(whole), OLD)
+    pipeline.stored(whole, pipeline.prediction(whole))
+    report = pipeline.report()
+    assert (report.produced, report.stored, report.pending, report.missing) == (3, 1, 1, 1)
+    assert list(report.missing_examples) == [lost.id]
+
+
+def test_a_document_that_the_audit_s_range_leaves_out_is_asked_for() -> None:
+    pipeline = Pipeline(since=NOW - timedelta(hours=2))
+    behind, right = pipeline.image(BEHIND), pipeline.image(OLD, 1)
+    pipeline.sent(behind, OLD)
+    pipeline.sent(right)
+    assert pipeline.ledger.ids_before(first_uuid7(NOW - timedelta(hours=2))) == [behind.id]
+
+
+def test_what_came_before_since_is_left_out_whatever_its_clock_said() -> None:
+    pipeline = Pipeline(since=NOW - timedelta(minutes=1))
+    pipeline.sent(pipeline.image(AHEAD), OLD)
+    pipeline.stored(pipeline.image(AHEAD, 1))
+    pipeline.sent(pipeline.prediction(pipeline.image(AHEAD, 2)), YOUNG)
+    assert pipeline.report().produced == 0
+
+
+@pytest.mark.parametrize("action", ["", DROPPED, REPLAYED])
+def test_a_dead_letter_from_before_since_explains_a_document_that_its_id_puts_after(
+    action: str,
+) -> None:
+    pipeline = Pipeline(since=NOW - timedelta(hours=2))
+    image = pipeline.image(OLD)
+    pipeline.stored(image)  # of a device whose clock is two hours ahead: it came before
+    refused = KafkaRecord("iot-topic", 0, 7, image.encode(), image.key)
+    before = int((NOW - timedelta(hours=3)).timestamp() * 1000)
+    letter = pipeline.buried(refused, key=image.key, timestamp=before)
+    if action:
+        pipeline.handled(letter, action)
+    report = pipeline.report()
+    assert (report.produced, report.dead_lettered) == (1, 0)
+    assert report.missing == (action == REPLAYED)
+
+
+def test_a_clock_that_is_behind_makes_no_older_document_missing() -> None:
+    pipeline = Pipeline()
+    pipeline.stored(pipeline.image(OLD - timedelta(hours=1)))
+    behind = pipeline.image(BEHIND, 1)
+    pipeline.sent(behind, OLD)
+    pipeline.stored(behind, pipeline.prediction(behind))
+    assert (pipeline.report().expired, pipeline.report().missing) == (1, 0)
+
+
+@pytest.mark.parametrize("clock", [NOW + timedelta(hours=2), AHEAD])
+def test_a_half_document_from_the_future_that_kafka_does_not_know_is_expired(
+    clock: datetime,
+) -> None:
+    pipeline = Pipeline()
+    pipeline.sent(pipeline.image(YOUNG, 1))
+    pipeline.stored(pipeline.image(clock))
+    report = pipeline.report()
+    assert (report.expired, report.pending, report.missing) == (1, 1, 0)
+
+
+def test_a_device_s_time_counts_where_there_is_no_broker_s() -> None:
+    pipeline = Pipeline()
+    for number, clock in enumerate([OLD, YOUNG, AHEAD]):
+        pipeline.sent(pipeline.image(clock, number), NOW, timestamp_type=0)
+    report = pipeline.report()
+    assert (report.pending, report.missing) == (1, 2)
+
+
+def test_what_is_new_when_the_audit_ends_is_pending() -> None:
+    pipeline = Pipeline()
+    ended = NOW + timedelta(minutes=20)
+    pipeline.stored(pipeline.image(ended))
+    assert pipeline.ledger.report(60, NOW, ended).pending == 1
+
+
+offsets = st.integers(-(10**6), 10**6).map(lambda seconds: NOW + timedelta(seconds=seconds))
+
+
+@given(made_at=offsets, came_at=offsets, kind=st.sampled_from([0, LOG_APPEND_TIME]))
+def test_nothing_is_pending_for_longer_than_the_grace(
+    made_at: datetime, came_at: datetime, kind: int
+) -> None:
+    pipeline = Pipeline()
+    pipeline.sent(pipeline.image(made_at), came_at, timestamp_type=kind)
+    pipeline.ledger.saw_image(
+        KafkaRecord("iot-topic", 3, 7, b"junk", timestamp=int(came_at.timestamp() * 1000))
+    )
+    first = pipeline.ledger.report(60, NOW)
+    assert first.pending + first.missing == 2
+    if first.pending:
+        # No clock is trusted to be more than a minute ahead.
+        later = pipeline.ledger.report(60, NOW + timedelta(seconds=121))
+        assert later.missing - first.missing >= first.pending
+
+
+def test_two_images_under_one_id_are_told() -> None:
+    pipeline = Pipeline()
+    image, other = pipeline.image(), pipeline.image(number=1)
+    for message in (image, replace(image, data=b"another"), image, other, other):
+        pipeline.sent(message)
+    pipeline.stored(image, pipeline.prediction(image))
+    report = pipeline.report()
+    assert (report.conflicting, report.redelivered) == (1, 3)
+    assert "conflicting            1   ids under which two images differ" in _table(
+        report, AuditSettings(), NOW
+    )
+
+
+def test_what_kafka_deleted_unread_is_lost_once() -> None:
+    pipeline = Pipeline()
+    begins = {("iot-topic", 0): 12, ("iot-topic", 1): 7, ("iot-topic", 2): 0}
+    pipeline.ledger.saw_group("iot-inference", begins, {("iot-topic", 0): 10, ("iot-topic", 1): 9})
+    pipeline.ledger.saw_group("iot-storage", begins, {("iot-topic", 1): 7})
+    report = pipeline.report()
+    assert report.lost == 12
+    assert report.lost_by_group == {"iot-inference": 2, "iot-storage": 12}
+    assert not report.is_clean()
+    text = _table(report, AuditSettings(), NOW)
+    assert "deleted before they were read: iot-inference 2, iot-storage 12" in text
+    assert text.endswith("12 lost before they were read.")
 
 
 def test_percentiles_are_values_that_were_measured() -> None:

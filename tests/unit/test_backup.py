@@ -171,6 +171,8 @@ def test_a_flipped_bit_of_a_line_is_found_without_zstd_s_help(tmp_path: Path) ->
         (lambda lines: lines[1:], "does not begin as one"),
         (lambda lines: [b"[]\n", *lines], "no object"),
         (lambda _: [b"PK\n"], "not JSON"),
+        (lambda lines: [lines[0], b"[" * 100_000 + b"\n"], "not JSON"),
+        (lambda lines: [lines[0], {"_id": 7}, *lines[1:]], "an _id that is no text"),
         (lambda _: [], "not JSON"),
     ],
 )

@@ -413,6 +413,7 @@ AUDIT = {"at": "2026-11-22T11:00:00Z", "produced": 9, "missing": 0, "duplicated"
         (AUDIT | {"at": "2026-11-22T08:59:00Z"}, ("audit-stale", "warning", "storage")),
         (AUDIT | {"missing": 1}, ("audit-missing", "critical", "storage")),
         (AUDIT | {"duplicated": 1}, ("audit-missing", "critical", "storage")),
+        (AUDIT | {"lost": 1}, ("audit-missing", "critical", "storage")),
     ],
 )
 def test_the_last_audit(

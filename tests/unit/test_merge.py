@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import reduce
 
@@ -9,6 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from iot_pipeline import stores
+from iot_pipeline.audit import Ledger
+from iot_pipeline.backup import documents_of
+from iot_pipeline.restore import Comparison
 from iot_pipeline.schema import (
     IMAGE_FIELDS,
     PREDICTION_FIELDS,
@@ -21,6 +27,8 @@ from iot_pipeline.schema import (
     is_complete,
     merge,
 )
+from iot_pipeline.settings import BackupSettings, load
+from iot_pipeline.stores import Outcome, Store, chunks
 
 ID = "01a1fbf0-4cba-7c80-bfd1-405e91c541a0"
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -44,6 +52,52 @@ predictions = st.builds(
     model=st.sampled_from(["old", "new"]),
     inferred_at=moments,
 )
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(), inner, max_size=2),
+    max_leaves=4,
+)
+foreign = st.dictionaries(
+    st.sampled_from(["ID", *IMAGE_FIELDS, *PREDICTION_FIELDS, STORED_AT]) | st.text(min_size=1),
+    anything,
+    max_size=6,
+).map(lambda fields: {name: fields[name] for name in fields if name[0] != "_"} | {"_id": ID})
+
+
+def same(one: Document, other: Document) -> bool:
+    """As JSON: Python takes 1, 1.0 and True for equal."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+class Memory(Store):
+    """A database of one document, which someone else has left there."""
+
+    def __init__(self, stored: Document) -> None:
+        super().__init__(load(BackupSettings, {"file": "-"}, {}), "memory")
+        self.stored = stored | {"_rev": "1-a"}
+
+    def close(self) -> None:
+        pass
+
+    def _write(self, documents: Sequence[Document], outcome: Outcome) -> list[str]:
+        conflicts = []
+        for each in documents:
+            if each.get("_rev") == self.stored["_rev"]:
+                outcome.stored[each["_id"]] = each
+                number = int(self.stored["_rev"].split("-")[0])
+                self.stored = each | {"_rev": f"{number + 1}-a"}
+            else:
+                conflicts.append(each["_id"])
+        return conflicts
+
+    def read(self, identifiers: Sequence[str]) -> dict[str, Document]:
+        return {ID: dict(self.stored)} if ID in identifiers else {}
+
+    def _page(self, start: str, limit: int) -> tuple[list[Document], str | None]:
+        del limit
+        return [dict(self.stored)] if start <= ID else [], None
 
 
 @st.composite
@@ -75,6 +129,43 @@ def test_repetition_makes_no_difference(one: Document, other: Document) -> None:
     assert merge(merged, one) == merged
     assert merge(merged, other) == merged
     assert merge(merged, merged) == merged
+
+
+@given(foreign, foreign | states(), foreign | states())
+def test_whatever_stands_in_any_field_is_merged_alike(
+    one: Document, two: Document, three: Document
+) -> None:
+    merged = merge(one, two)
+    assert same(merged, merge(two, one))
+    assert same(merge(merged, three), merge(one, merge(two, three)))
+    assert same(merge(merged, one), merged)
+
+
+@given(foreign, st.lists(images | predictions, min_size=1, max_size=3))
+def test_whatever_is_stored_takes_messages_and_is_read(
+    stored: Document, messages: list[ImageMessage | PredictionMessage]
+) -> None:
+    store = Memory(stored)
+    for message in messages:
+        outcome = store.merge_in({ID: document(message)}, lambda: None)
+        assert list(outcome.stored) == [ID]
+    for name in stored.keys() - {"ID", *IMAGE_FIELDS, *PREDICTION_FIELDS, STORED_AT}:
+        assert same({"": store.stored[name]}, {"": stored[name]})
+    ledger = Ledger()
+    for found in store.scan():
+        ledger.saw_document(found)
+    assert ledger.report(60, START).produced in (0, 1)  # none where it claims to be another image
+    assert len(list(documents_of(store, 0, lambda _: None))) == 1
+    assert [len(chunk) for chunk in chunks([stored, store.stored])] == [2]
+    comparison = Comparison()
+    comparison.add(stored, store.stored)
+    assert comparison.missing == 0
+
+
+def test_what_others_added_counts_into_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "WRITE_BYTES", 10_000)
+    large = ({"_id": str(number), "Data": None, "More": "x" * 9000} for number in range(3))
+    assert [len(chunk) for chunk in chunks(large)] == [1, 1, 1]
 
 
 @given(st.lists(images | predictions, min_size=1, max_size=6), st.randoms())

@@ -13,15 +13,20 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 import bson
 import pytest
+from bson.raw_bson import RawBSONDocument
+from hypothesis import given
+from hypothesis import strategies as st
 
-from iot_pipeline.errors import Reason, SinkUnavailable
+from iot_pipeline.errors import InvalidMessage, Reason, SinkUnavailable
 from iot_pipeline.settings import StoreSettings, load
 from iot_pipeline.stores import CONFLICT_ROUNDS, Store, open_store
+from iot_pipeline.stores.mongodb import _operation
 
 Answer = Mapping[str, Any] | None
 """A reply, or None to hang up."""
@@ -253,6 +258,48 @@ def test_a_write_that_others_are_always_ahead_of_is_given_up(server: Server, sto
     assert len(server.seen["update"]) == CONFLICT_ROUNDS
 
 
+def test_a_text_that_is_no_utf_8_is_read_and_not_written(server: Server, store: Store) -> None:
+    """MongoDB stores what it is given."""
+    raw = bson.encode(found({"_id": "a", "_rev": "1-x", "Note": "xxxx"})).replace(
+        b"xxxx", b"\xffabc"
+    )
+    server.answers["find"] = [RawBSONDocument(raw)]
+    assert store.read(["a"])["a"]["Note"] == "\udcffabc"
+    assert [each["_id"] for each in store.scan()] == ["a"]
+    outcome = store.merge_in({"a": {"_id": "a", "N": 1}}, nothing)
+    assert outcome.refused["a"].reason is Reason.REFUSED_BY_DATABASE
+    assert "update" not in server.seen
+
+
+names = st.sampled_from(
+    [
+        *("$oid", "$date", "$binary", "$regularExpression", "$timestamp", "$code", "$ref", "$id"),
+        *("$uuid", "$numberLong", "$numberDecimal", "$dbPointer", "$type", "base64", "subType"),
+        *("t", "i", "pattern", "options"),
+    ]
+)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(names | st.text(), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@given(values)
+def test_what_looks_like_extended_json_is_written_or_refused(value: object) -> None:
+    with suppress(InvalidMessage):
+        _operation({"_id": "a", "Note": value})
+
+
+@pytest.mark.parametrize("value", [{"$binary": {}}, {"$date": {"a": 1}}, {"$oid": 7}, {"$code": 1}])
+def test_what_only_looks_like_it_is_written_as_it_was(
+    server: Server, store: Store, value: object
+) -> None:
+    assert not store.merge_in({"a": {"_id": "a", "Note": value}}, nothing).refused
+    [insert] = server.seen["insert"]
+    assert insert["documents"][0]["Note"] == value
+
+
 def test_a_write_whose_answer_was_lost_is_found_equal(server: Server, store: Store) -> None:
     """Without retryable writes nobody else can tell, either."""
     server.answers["find"] = [found({"_id": "a", "_rev": "1-x", "Data": "d"})]
@@ -271,6 +318,10 @@ def test_a_connection_that_breaks_is_no_outage(server: Server, store: Store) -> 
     assert first["documents"] == again["documents"]
 
 
+# PyMongo tries again until the time is over, and says what it was at then.
+TIME_IS_OVER = "operation would exceed time limit"
+
+
 @pytest.mark.parametrize(
     "answer,words",
     [
@@ -285,12 +336,12 @@ def test_a_connection_that_breaks_is_no_outage(server: Server, store: Store) -> 
             {"n": 0, "writeErrors": [row(0, 14031, "Not enough disk space")]},
             "fails: Not enough disk space",
         ),
-        (failure(10107, "not primary", "RetryableWriteError"), "not primary|exceed time limit"),
+        (failure(10107, "not primary", "RetryableWriteError"), f"not primary|{TIME_IS_OVER}"),
         (failure(11600, "interrupted at shutdown"), "interrupted at shutdown"),
         (failure(50, "operation exceeded time limit"), "fails: operation exceeded time limit"),
         (failure(1, "no idea"), "fails: no idea"),
         ({"writeErrors": [{}]}, "answers unlike MongoDB"),
-        (None, "not reachable.*(connection closed|timed out)"),
+        (None, f"(not reachable.*(connection closed|timed out)|{TIME_IS_OVER})"),
     ],
 )
 def test_what_is_not_confirmed_is_an_outage(

@@ -4,12 +4,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from iot_lab.processes import App, Process, ProcessError, free_port, wait_for
+from iot_lab.paths import ROOT
+from iot_lab.processes import TOPIC_CONFIG, App, Process, ProcessError, free_port, wait_for
 
 
 def shell(folder: Path, script: str) -> Process:
     return Process("script", folder, ["/bin/sh", "-c", script], {})
+
+
+def test_topics_are_made_as_on_hosts() -> None:
+    topology = ROOT / "inventory/couchdb/group_vars/all/topology.yml"
+    topics = yaml.safe_load(topology.read_text())["kafka_resources_topics"]
+    assert all(topic["config"].items() >= TOPIC_CONFIG.items() for topic in topics)
 
 
 def test_output_goes_to_the_log_and_survives_a_restart(tmp_path: Path) -> None:

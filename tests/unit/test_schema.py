@@ -14,17 +14,21 @@ from hypothesis import strategies as st
 
 from iot_pipeline.errors import InvalidMessage, Reason
 from iot_pipeline.schema import (
+    LOG_APPEND_TIME,
+    MAX_AHEAD,
     MAX_LABEL_CHARACTERS,
     MAX_NAME_CHARACTERS,
     DeadLetter,
     ImageMessage,
     PredictionMessage,
+    arrival_time,
     decode_record,
     first_uuid7,
     format_time,
     is_uuid7,
     now,
     parse_time,
+    record_time,
     uuid7,
     uuid7_time,
 )
@@ -40,6 +44,7 @@ class KafkaRecord:
     partition: int = 3
     offset: int = 41
     timestamp: int = 0
+    timestamp_type: int = 0
 
 
 def labels(limit: int) -> st.SearchStrategy[str]:
@@ -277,6 +282,58 @@ def test_an_id_tells_its_time() -> None:
     assert abs(uuid7_time(identifier) - before) < timedelta(seconds=5)
     assert first_uuid7(before) <= identifier
     assert is_uuid7(first_uuid7(before))
+
+
+def id_of(milliseconds: int) -> str:
+    digits = f"{milliseconds:012x}"
+    return f"{digits[:8]}-{digits[8:]}-7abc-8def-0123456789ab"
+
+
+@pytest.mark.parametrize(
+    "identifier",
+    [
+        "ffffffff-ffff-7fff-bfff-ffffffffffff",
+        "f1234567-89ab-7cde-8f01-23456789abcd",
+        first_uuid7(now() + MAX_AHEAD + timedelta(minutes=1)),
+    ],
+)
+def test_an_id_from_far_ahead_is_refused_and_read_all_the_same(identifier: str) -> None:
+    words = r"made at .* more than 24 hours after"
+    image = KafkaRecord(json.dumps(image_fields() | {"ID": identifier}).encode())
+    with pytest.raises(InvalidMessage, match=words) as caught:
+        decode_record(ImageMessage, image, LIMIT)
+    assert caught.value.reason is Reason.INVALID_FIELD
+    assert decode_record(ImageMessage, image, LIMIT, timedelta.max).id == identifier
+    prediction = KafkaRecord(json.dumps(prediction_fields() | {"ID": identifier}).encode())
+    with pytest.raises(InvalidMessage, match=words):
+        decode_record(PredictionMessage, prediction, LIMIT)
+
+
+@pytest.mark.parametrize("moment", [datetime(1970, 1, 1, tzinfo=UTC), now() + MAX_AHEAD * 0.9])
+def test_an_id_from_long_ago_or_little_ahead_is_taken(moment: datetime) -> None:
+    fields = image_fields() | {"ID": first_uuid7(moment)}
+    assert ImageMessage.decode(json.dumps(fields).encode()).id == first_uuid7(moment)
+
+
+@given(st.integers(0, 2**48 - 1), st.integers(0, 2**48 - 1))
+def test_every_id_has_a_time_and_they_sort_alike(one: int, other: int) -> None:
+    first, second = sorted((one, other))
+    assert uuid7_time(id_of(first)) <= uuid7_time(id_of(second))
+    assert first_uuid7(uuid7_time(id_of(first))) <= id_of(first)
+
+
+@given(st.integers(-(2**63), 2**63 - 1), st.sampled_from([0, LOG_APPEND_TIME]))
+def test_every_record_has_a_time(timestamp: int, kind: int) -> None:
+    record = KafkaRecord(b"", timestamp=timestamp, timestamp_type=kind)
+    assert record_time(record).year >= 1970
+    # The sender's clock says nothing of when the record came.
+    assert arrival_time(record) == (record_time(record) if kind == LOG_APPEND_TIME else None)
+
+
+def test_a_range_may_begin_before_all_ids() -> None:
+    assert first_uuid7(datetime(1, 1, 1, tzinfo=UTC)) == first_uuid7(
+        datetime(1970, 1, 1, tzinfo=UTC)
+    )
 
 
 def test_a_dead_letter_says_where_it_came_from() -> None:

@@ -15,6 +15,9 @@ missing
     says no longer why.
 pending
     The same, but younger than `--grace`, or replayed since.
+lost
+    Records that Kafka deleted before a stage had read them: where its group stands lies before the
+    partition's first record. Once it has read what follows, nobody can tell any more.
 expired
     Documents that lack something, of images older than all that the image topic holds: Kafka's
     retention of their records is over, or the cluster was built anew. Nobody can say any more
@@ -24,6 +27,9 @@ duplicated
 redelivered
     Records beyond the first of one image in a topic. Kafka delivers at least once, so these are no
     fault; what matters is that the database holds one document.
+conflicting
+    Images of which the image topic holds two that differ under one id. The database keeps the one
+    that was produced first.
 dead_lettered
     Records in the dead-letter topic, by where they came from.
 open_dead_letters
@@ -32,6 +38,10 @@ accuracy
     Share of the predicted images whose prediction is the ground truth.
 latency_p50, latency_p95
     Seconds from an image's production to the write that completed its document.
+
+When an image came is what the broker's clock says of its records (`message.timestamp.type` is
+`LogAppendTime`). The time in its id is a device's, which may be years off: it counts where there is
+no record with a broker's time, and not where it lies in the future.
 """
 
 from __future__ import annotations
@@ -45,11 +55,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from kafka.errors import GroupAuthorizationFailedError
+from kafka.structs import TopicPartition
+
 from iot_pipeline.errors import ConfigError, Exit, InvalidMessage
 from iot_pipeline.progress import Progress
-from iot_pipeline.reading import begins_of, ends_of, parse_moment, read, reading
+from iot_pipeline.reading import CLOCK_SKEW, begins_of, ends_of, parse_moment, read, reading
 from iot_pipeline.schema import (
     IMAGE_FIELDS,
+    MAX_AHEAD,
     PREDICTION_FIELDS,
     REPLAYED,
     REPLAYED_FROM,
@@ -60,6 +74,7 @@ from iot_pipeline.schema import (
     ImageMessage,
     PredictionMessage,
     Record,
+    arrival_time,
     decode_record,
     first_uuid7,
     format_time,
@@ -71,14 +86,17 @@ from iot_pipeline.schema import (
 )
 from iot_pipeline.service import set_up_logging
 from iot_pipeline.settings import AuditSettings
-from iot_pipeline.stores import open_store
+from iot_pipeline.stores import READ_DOCUMENTS, open_store
 
 SHOWN_MISSING = 10
-# No limit of a stage: what one refused for its size is in the dead-letter topic.
+# No limits of a stage: what one refused for its size or its time is in the dead-letter topic.
 ANY_SIZE = sys.maxsize
+ANY_TIME = timedelta.max
 
 Place = tuple[str, int, int]
 """Where a record stands: topic, partition, offset."""
+Partition = tuple[str, int]
+"""A topic and the number of one of its partitions."""
 
 
 NEVER = datetime.min.replace(tzinfo=UTC)
@@ -89,6 +107,8 @@ class _Refusal:
     """A record that was refused, and what became of its dead letters."""
 
     reason: str
+    counts: bool = False
+    """Whether one of them was written since the time that is asked for."""
     open: set[Place] = field(default_factory=set)
     replayed_at: datetime = NEVER
 
@@ -101,6 +121,11 @@ class _Refusal:
 class _Image:
     """What was seen of one image."""
 
+    came_at: datetime | None = None
+    """When its first record came, by a broker's clock."""
+    picture: int | None = None
+    """A hash of the first image that came under its id."""
+    conflicting: bool = False
     truth: str | None = None
     inferred: str | None = None
     image_records: int = 0
@@ -127,9 +152,11 @@ class Report:
     predicted: int
     pending: int
     missing: int
+    lost: int
     expired: int
     duplicated: int
     redelivered: int
+    conflicting: int
     dead_lettered: int
     open_dead_letters: int
     accuracy: float | None
@@ -137,6 +164,7 @@ class Report:
     latency_p95: float | None
     dead_letter_reasons: Mapping[str, int] = field(default_factory=dict)
     missing_examples: Mapping[str, str] = field(default_factory=dict)
+    lost_by_group: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """One object on one line."""
@@ -144,7 +172,7 @@ class Report:
 
     def is_clean(self) -> bool:
         """Whether every image that had the time is stored and predicted, once."""
-        return not self.missing and not self.duplicated
+        return not (self.missing or self.lost or self.duplicated)
 
 
 class Ledger:
@@ -160,21 +188,24 @@ class Ledger:
         self._refusals: dict[Place, _Refusal] = {}
         # The same by the place of each dead letter: a record that two stages refuse has two.
         self._dead_letters: dict[Place, _Refusal] = {}
+        self._refusals_by_key: dict[bytes, list[_Refusal]] = {}
         self._invalid: dict[Place, datetime] = {}
+        self._lost: dict[str, dict[Partition, int]] = {}
         self._duplicated = 0
         self._latencies: list[float] = []
 
     def saw_dead_letter(self, record: Any) -> None:
         """A record of the dead-letter topic."""
-        if self._is_before(record_time(record)):
-            return
         handling = Handling.from_headers(record.headers)
         if handling is None:
             letter = DeadLetter.from_headers(record.headers)
             source = (letter.topic, letter.partition, letter.offset)
             refusal = self._refusals.setdefault(source, _Refusal(letter.reason))
+            refusal.counts |= not self._is_before(record_time(record))
             refusal.open.add(_place(record))
             self._dead_letters[_place(record)] = refusal
+            if record.key:
+                self._refusals_by_key.setdefault(record.key, []).append(refusal)
             return
         handled = (record.topic, handling.partition, handling.offset)
         if handled in self._dead_letters:
@@ -186,14 +217,19 @@ class Ledger:
     def saw_image(self, record: Any) -> None:
         """A record of the image topic."""
         try:
-            message = decode_record(ImageMessage, record, ANY_SIZE)
+            message = decode_record(ImageMessage, record, ANY_SIZE, ANY_TIME)
         except InvalidMessage:
             self._saw_invalid(record)
             return
+        moment = arrival_time(record) or uuid7_time(message.id)
         if not _is_replayed(record):
-            self._topic_begins = min(self._topic_begins, uuid7_time(message.id))
-        image = self._image(message.id)
+            self._topic_begins = min(self._topic_begins, moment)
+        image = self._image(message.id, moment)
         if image:
+            picture = hash((message.ground_truth, message.data))
+            if image.picture is None:
+                image.picture = picture
+            image.conflicting |= image.picture != picture
             image.image_records += 1
             image.truth = message.ground_truth
             self._explain(image, record)
@@ -201,11 +237,12 @@ class Ledger:
     def saw_prediction(self, record: Any) -> None:
         """A record of the prediction topic."""
         try:
-            message = decode_record(PredictionMessage, record, ANY_SIZE)
+            message = decode_record(PredictionMessage, record, ANY_SIZE, ANY_TIME)
         except InvalidMessage:
             self._saw_invalid(record)
             return
-        image = self._image(message.id)
+        # Not by its own time: its image, and what there is to say of it, may have come before.
+        image = self._image(message.id, uuid7_time(message.id))
         if image:
             image.prediction_records += 1
             image.inferred = message.inferred_value
@@ -218,7 +255,9 @@ class Ledger:
         if isinstance(claimed, str) and claimed != identifier and is_uuid7(claimed):
             self._duplicated += 1
             return
-        image = self._image(identifier) if is_uuid7(identifier) else None
+        if not is_uuid7(identifier):
+            return
+        image = self._image(identifier, uuid7_time(identifier))
         if image is None:
             return
         image.image_stored = all(name in document for name in IMAGE_FIELDS)
@@ -232,8 +271,28 @@ class Ledger:
             return
         self._latencies.append(latency.total_seconds())
 
+    def saw_group(
+        self, group: str, begins: Mapping[Partition, int], stands: Mapping[Partition, int]
+    ) -> None:
+        """Where the partitions that a stage reads begin, and where its group stands.
+
+        Args:
+            group: its name.
+            begins: the offset of each partition's first record. They have to be asked for first.
+            stands: the offset that the group has committed for each.
+        """
+        lost = {each: begin - stands.get(each, 0) for each, begin in begins.items()}
+        self._lost[group] = {each: count for each, count in lost.items() if count > 0}
+
+    def ids_before(self, first: str) -> list[str]:
+        """The ids of images whose records came and that sort before `first`."""
+        return sorted(identifier for identifier in self._images if identifier < first)
+
     def _explain(self, image: _Image, record: Any) -> None:
-        """Note what its dead letters, or a replay, say of a record's image."""
+        """Note when a record came, and what dead letters, or a replay, say of its image."""
+        moment = arrival_time(record)
+        if moment:
+            image.came_at = min(image.came_at or moment, moment)
         refusal = self._refusals.get(_place(record))
         if refusal:
             image.dead |= refusal.explains()
@@ -241,8 +300,9 @@ class Ledger:
         if _is_replayed(record):
             image.replayed_at = max(image.replayed_at, record_time(record))
 
-    def _image(self, identifier: str) -> _Image | None:
-        if self._is_before(uuid7_time(identifier)):
+    def _image(self, identifier: str, moment: datetime) -> _Image | None:
+        """An image that is known already, or that came, or was made, late enough at `moment`."""
+        if identifier not in self._images and self._is_before(moment):
             return None
         return self._images.setdefault(identifier, _Image())
 
@@ -254,63 +314,95 @@ class Ledger:
     def _is_before(self, moment: datetime) -> bool:
         return self._since is not None and moment < self._since
 
-    def _is_expired(self, identifier: str, image: _Image) -> bool:
+    def _is_explained_by_key(self, identifier: str, image: _Image) -> bool:
+        """Whether a dead letter of a record that came too long ago to be read says why."""
+        if image.image_records or image.prediction_records:
+            return False
+        refusals = self._refusals_by_key.get(identifier.encode(), ())
+        return any(refusal.explains() for refusal in refusals)
+
+    def _is_expired(self, identifier: str, image: _Image, latest: datetime) -> bool:
         if self._since is not None or image.image_records or image.prediction_records:
             return False
-        return uuid7_time(identifier) < self._topic_begins
+        return not self._topic_begins <= uuid7_time(identifier) <= latest
 
-    def report(self, grace: float, at: datetime) -> Report:
+    def _concerns_us(self, identifier: str, image: _Image, latest: datetime) -> bool:
+        """Whether it came since then, as far as anyone can say."""
+        if self._since is None or image.image_records:
+            return True
+        return uuid7_time(identifier) <= latest
+
+    def report(self, grace: float, at: datetime, ended: datetime | None = None) -> Report:
         """Sum up.
 
         Args:
             grace: age in seconds below which what lacks something is pending, not missing.
-            at: the present time.
+            at: when one began to look.
+            ended: when one was done; the same without it.
         """
         young = at - timedelta(seconds=grace)
+        latest = (ended or at) + CLOCK_SKEW  # what is later was no clock's time
         pending = expired = 0
         missing: dict[str, str] = {}
-        for identifier, image in sorted(self._images.items()):
+        concerning = {
+            identifier: image
+            for identifier, image in sorted(self._images.items())
+            if self._concerns_us(identifier, image, latest)
+        }
+        for identifier, image in concerning.items():
             lacks = image.lacks()
-            if not lacks or image.dead:
+            if not lacks or image.dead or self._is_explained_by_key(identifier, image):
                 continue
-            if max(uuid7_time(identifier), image.replayed_at) > young:
+            moments = (image.came_at or uuid7_time(identifier), image.replayed_at)
+            if any(young < moment <= latest for moment in moments):
                 pending += 1
-            elif self._is_expired(identifier, image):
+            elif self._is_expired(identifier, image, latest):
                 expired += 1
             else:
                 missing[identifier] = ", ".join(lacks)
         for (topic, partition, offset), moment in self._invalid.items():
-            if moment > young:
+            if young < moment <= latest:
                 pending += 1
             else:
                 missing[f"{topic}-{partition}@{offset}"] = "invalid, and in no dead letter"
-        images = self._images.values()
+        images = concerning.values()
+        refusals = [refusal for refusal in self._refusals.values() if refusal.counts]
+        # What two stages have not read is lost once.
+        lost: dict[Partition, int] = {}
+        for by_partition in self._lost.values():
+            for each, count in by_partition.items():
+                lost[each] = max(lost.get(each, 0), count)
         judged = [image for image in images if image.truth and image.inferred]
         right = sum(image.truth == image.inferred for image in judged)
         latencies = sorted(self._latencies)
         return Report(
-            produced=len(self._images),
+            produced=len(concerning),
             stored=sum(image.image_stored for image in images),
             predicted=sum(
                 image.prediction_stored or image.prediction_records > 0 for image in images
             ),
             pending=pending,
             missing=len(missing),
+            lost=sum(lost.values()),
             expired=expired,
             duplicated=self._duplicated,
             redelivered=sum(
                 max(0, image.image_records - 1) + max(0, image.prediction_records - 1)
                 for image in images
             ),
-            dead_lettered=len(self._refusals),
-            open_dead_letters=sum(bool(refusal.open) for refusal in self._refusals.values()),
+            conflicting=sum(image.conflicting for image in images),
+            dead_lettered=len(refusals),
+            open_dead_letters=sum(bool(refusal.open) for refusal in refusals),
             accuracy=round(right / len(judged), 4) if judged else None,
             latency_p50=_percentile(latencies, 50),
             latency_p95=_percentile(latencies, 95),
-            dead_letter_reasons=dict(
-                Counter(refusal.reason for refusal in self._refusals.values()).most_common()
-            ),
+            dead_letter_reasons=dict(Counter(refusal.reason for refusal in refusals).most_common()),
             missing_examples=dict(list(missing.items())[:SHOWN_MISSING]),
+            lost_by_group={
+                group: sum(by_partition.values())
+                for group, by_partition in self._lost.items()
+                if by_partition
+            },
         )
 
 
@@ -346,12 +438,15 @@ def _read_topics(
     # The ends are taken in the order in which records arise, so that each that is seen has what
     # follows from it in what is read after.
     topics = (settings.image_topic, settings.prediction_topic, settings.dead_letter_topic)
+    earlier = max(since, NEVER + MAX_AHEAD) - MAX_AHEAD if since else None
     with reading(settings) as consumer:
         try:
             ends = ends_of(consumer, topics, settings)
             for topic, saw in readers:
-                # A record is never older than the image it tells of.
-                begins = begins_of(consumer, ends[topic], since)
+                # A record is never older than the image it tells of, but an image may be older than
+                # its id says.
+                start = earlier if topic == settings.dead_letter_topic else since
+                begins = begins_of(consumer, ends[topic], start)
                 read(consumer, begins, ends[topic], saw, progress)
         finally:
             progress.clear()
@@ -360,28 +455,68 @@ def _read_topics(
 def _read_database(
     settings: AuditSettings, ledger: Ledger, since: datetime | None, progress: Progress
 ) -> None:
+    first = first_uuid7(since) if since else ""
     with open_store(settings) as store:
-        for count, document in enumerate(store.scan(first_uuid7(since) if since else "")):
+        for count, document in enumerate(store.scan(first)):
             ledger.saw_document(document)
             progress.show(f"reading {store.name}: {count + 1} documents")
+        # Images of devices whose clocks are behind.
+        behind = ledger.ids_before(first)
+        for start in range(0, len(behind), READ_DOCUMENTS):
+            for document in store.read(behind[start : start + READ_DOCUMENTS]).values():
+                ledger.saw_document(document)
     progress.clear()
+
+
+def _read_groups(settings: AuditSettings, ledger: Ledger) -> None:
+    """Feed the ledger where the stages stand.
+
+    Raises:
+        SinkUnavailable: the broker does not answer.
+        ConfigError: a group may not be looked at.
+    """
+    for group, topics in (
+        (settings.inference_group, (settings.image_topic,)),
+        (settings.storage_group, (settings.image_topic, settings.prediction_topic)),
+    ):
+        with reading(settings, group) as consumer:
+            partitions = [
+                TopicPartition(topic, number)
+                for topic in topics
+                for number in consumer.partitions_for_topic(topic)
+            ]
+            begins = consumer.beginning_offsets(partitions)
+            try:
+                stands = {each: consumer.committed(each) or 0 for each in partitions}
+            except GroupAuthorizationFailedError as error:
+                raise ConfigError(
+                    f"Kafka does not let {settings.principal} look at consumer group {group}: "
+                    "grant it DESCRIBE on the group, or name the stage's group in "
+                    "IOT_INFERENCE_GROUP or IOT_STORAGE_GROUP"
+                ) from error
+            ledger.saw_group(group, begins, stands)
 
 
 def _table(report: Report, settings: AuditSettings, at: datetime) -> str:
     def seconds(value: float | None) -> str:
         return "-" if value is None else f"{value:.3f} s"
 
-    reasons = ", ".join(f"{reason} {count}" for reason, count in report.dead_letter_reasons.items())
+    def counts(of: Mapping[str, int]) -> str:
+        return ", ".join(f"{name} {count}" for name, count in of.items())
+
+    unread = counts(report.lost_by_group)
     rows = [
         ("produced", str(report.produced), ""),
         ("stored", str(report.stored), ""),
         ("predicted", str(report.predicted), ""),
         ("pending", str(report.pending), f"younger than {settings.grace:g} s"),
         ("missing", str(report.missing), ""),
+        ("lost", str(report.lost), f"deleted before they were read: {unread}" if unread else ""),
         ("expired", str(report.expired), "incomplete, and older than the image topic"),
         ("duplicated", str(report.duplicated), "documents beyond one an image"),
         ("redelivered", str(report.redelivered), "records that came again, stored once"),
-        ("dead-lettered", str(report.dead_lettered), reasons),
+        ("conflicting", str(report.conflicting), "ids under which two images differ"),
+        ("dead-lettered", str(report.dead_lettered), counts(report.dead_letter_reasons)),
         ("  still open", str(report.open_dead_letters), "neither replayed nor dropped"),
         ("accuracy", "-" if report.accuracy is None else f"{report.accuracy:.1%}", ""),
         ("latency p50", seconds(report.latency_p50), "produced to stored with its prediction"),
@@ -396,8 +531,10 @@ def _table(report: Report, settings: AuditSettings, at: datetime) -> str:
         lines += [f"  {place}  {lacks}" for place, lacks in report.missing_examples.items()]
         if report.missing > len(report.missing_examples):
             lines.append(f"  … and {report.missing - len(report.missing_examples)} more")
-    else:
+    elif not report.lost:
         lines.append("Nothing is missing.")
+    if report.lost:
+        lines.append(f"{report.lost} lost before they were read.")
     return "\n".join(lines)
 
 
@@ -428,8 +565,9 @@ def run(settings: AuditSettings) -> int:
     ledger = Ledger(since)
     progress = Progress()
     _read_topics(settings, ledger, since, progress)
+    _read_groups(settings, ledger)
     _read_database(settings, ledger, since, progress)
-    report = ledger.report(settings.grace, at)
+    report = ledger.report(settings.grace, at, now())
     print(report.to_json() if settings.json else _table(report, settings, at))
     if settings.record:
         _leave(report, Path(settings.record), at)

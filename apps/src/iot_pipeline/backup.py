@@ -164,6 +164,8 @@ class BackupFile:
                     trailer = {"documents": number, "sha256": digest.hexdigest()}
                     self._check_end(content, trailer, next(lines, None))
                     return
+                if not isinstance(content["_id"], str):
+                    raise self._damaged(f"line {number + 2} has an _id that is no text")
                 digest.update(line)
                 yield line, content
         raise self._damaged("it ends before its last line: it was cut off")
@@ -207,7 +209,7 @@ class BackupFile:
     def _object(self, line: bytes, where: str) -> dict[str, Any]:
         try:
             content = json.loads(line)
-        except ValueError as error:
+        except (RecursionError, ValueError) as error:
             raise self._damaged(f"{where} is not JSON: {error}") from error
         if not isinstance(content, dict):
             raise self._damaged(f"{where} is no object")

@@ -216,8 +216,12 @@ def make_consumer(settings: ConsumerSettings) -> GroupConsumer:
     )
 
 
-def make_reader(settings: Settings) -> KafkaConsumer:
-    """A consumer of no group, for reading topics from begin to end.
+def make_reader(settings: Settings, group: str | None = None) -> KafkaConsumer:
+    """A consumer that joins no group, for reading topics from begin to end.
+
+    Args:
+        settings: where the brokers are, and who we are.
+        group: one whose committed offsets it may be asked for.
 
     Raises:
         SinkUnavailable: no broker answers.
@@ -227,7 +231,7 @@ def make_reader(settings: Settings) -> KafkaConsumer:
         try:
             return KafkaConsumer(
                 **client_options(settings),
-                group_id=None,
+                group_id=group,
                 auto_offset_reset="earliest",
                 enable_auto_commit=False,
             )

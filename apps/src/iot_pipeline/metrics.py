@@ -59,8 +59,8 @@ LAG = Gauge(
     "iot_consumer_lag_records", "Records behind the partition's end", ["topic", "partition"]
 )
 
-# How long the oldest record in hand has waited since it was sent. It grows during an outage of the
-# sink even when no new records arrive, where lag does not.
+# How long the oldest record in hand has waited since it came to the broker. It grows during an
+# outage of the sink even when no new records arrive, where lag does not.
 OLDEST_SECONDS = Gauge("iot_oldest_unhandled_seconds", "Age of the oldest record in hand")
 
 # 1 while the sink takes writes, 0 while the service waits for it.

@@ -61,14 +61,14 @@ def parse_moment(name: str, text: str, at: datetime) -> datetime | None:
 
 
 @contextlib.contextmanager
-def reading(settings: Settings) -> Iterator[Any]:
-    """A consumer of no group, for as long as one reads.
+def reading(settings: Settings, group: str | None = None) -> Iterator[Any]:
+    """A consumer that joins no group, for as long as one reads. It can ask where `group` stands.
 
     Raises:
         SinkUnavailable: the broker does not answer.
         ConfigError: a topic may not be read.
     """
-    consumer = make_reader(settings)
+    consumer = make_reader(settings, group)
     try:
         yield consumer
     except AuthorizationError as error:
@@ -104,7 +104,7 @@ def begins_of(consumer: Any, ends: Offsets, since: datetime | None = None) -> Of
     begins: Offsets = consumer.beginning_offsets(list(ends))
     if since is None:
         return begins
-    moment = int((since - CLOCK_SKEW).timestamp() * 1000)
+    moment = int((since.timestamp() - CLOCK_SKEW.total_seconds()) * 1000)
     found = consumer.offsets_for_times(dict.fromkeys(ends, max(0, moment)))
     return {tp: found[tp].offset if found.get(tp) else ends[tp] for tp in ends}
 

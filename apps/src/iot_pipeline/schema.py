@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol, Self, TypeVar
 
 import orjson
@@ -45,6 +45,9 @@ model name their own."""
 MAX_LABEL_CHARACTERS = 100
 MAX_NAME_CHARACTERS = 255
 MAX_REASON_CHARACTERS = 500
+MAX_AHEAD = timedelta(days=1)
+"""How far the clock that made an id may be ahead of ours. Ids further on would stand behind all
+others in the database for good."""
 
 _UUID7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 _RFC3339 = re.compile(
@@ -52,6 +55,15 @@ _RFC3339 = re.compile(
     re.ASCII,
 )
 _MEDIA_TYPE = re.compile(r"image/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,99}")
+
+
+# A UUID's 48 bits of milliseconds, and a record's 64, reach further than `datetime`.
+_LAST_MILLISECOND = 253_402_300_799_999  # of the year 9999
+
+
+def _moment(milliseconds: int) -> datetime:
+    """Milliseconds since 1970 as a time; the nearest there is for those that have none."""
+    return datetime.fromtimestamp(min(max(0, milliseconds), _LAST_MILLISECOND) / 1000, tz=UTC)
 
 
 class _Uuid7Clock:
@@ -90,13 +102,17 @@ def uuid7() -> str:
 
 
 def uuid7_time(identifier: str) -> datetime:
-    """When an id was made, to the millisecond."""
-    return datetime.fromtimestamp(int(identifier[:8] + identifier[9:13], 16) / 1000, tz=UTC)
+    """When an id was made, to the millisecond, by the clock of who made it."""
+    return _moment(_uuid7_milliseconds(identifier))
+
+
+def _uuid7_milliseconds(identifier: str) -> int:
+    return int(identifier[:8] + identifier[9:13], 16)
 
 
 def first_uuid7(moment: datetime) -> str:
     """The smallest id that could have been made at `moment` or later, to start a range with."""
-    digits = f"{int(moment.timestamp() * 1000):012x}"
+    digits = f"{max(0, int(moment.timestamp() * 1000)):012x}"
     return f"{digits[:8]}-{digits[8:]}-7000-8000-000000000000"
 
 
@@ -106,8 +122,16 @@ def is_uuid7(text: str) -> bool:
 
 
 def record_time(record: Record) -> datetime:
-    """When a record was sent."""
-    return datetime.fromtimestamp(max(0, record.timestamp) / 1000, tz=UTC)
+    """The time that a record bears: see `arrival_time` for whose."""
+    return _moment(record.timestamp)
+
+
+def arrival_time(record: Record) -> datetime | None:
+    """When a broker took a record; None where its time is that of the sender's clock.
+
+    The topics' `message.timestamp.type` says which of the two it is.
+    """
+    return record_time(record) if record.timestamp_type == LOG_APPEND_TIME else None
 
 
 def now() -> datetime:
@@ -172,10 +196,17 @@ class _Fields:
             raise _invalid(name, "holds characters that cannot be printed")
         return value
 
-    def identifier(self, name: str) -> str:
+    def identifier(self, name: str, ahead: timedelta) -> str:
         value = self.text(name, MAX_NAME_CHARACTERS)
         if not is_uuid7(value):
             raise _invalid(name, "must be a UUID version 7 in lower case")
+        limit = ahead.total_seconds()
+        if _uuid7_milliseconds(value) / 1000 - time.time() > limit:
+            raise _invalid(
+                name,
+                f"was made at {format_time(uuid7_time(value))}, more than {limit / 3600:g} hours "
+                f"after now, {format_time(now())}: one of the clocks is wrong",
+            )
         return value
 
     def moment(self, name: str) -> datetime:
@@ -254,15 +285,15 @@ class ImageMessage:
         return orjson.dumps(self.fields())
 
     @classmethod
-    def decode(cls, value: bytes) -> Self:
-        """Read a record's value.
+    def decode(cls, value: bytes, ahead: timedelta = MAX_AHEAD) -> Self:
+        """Read a record's value. Its id's time may be so far `ahead` of now.
 
         Raises:
             InvalidMessage: with the reason.
         """
         fields = _Fields(value)
         return cls(
-            id=fields.identifier("ID"),
+            id=fields.identifier("ID", ahead),
             ground_truth=fields.label("GroundTruth", MAX_LABEL_CHARACTERS),
             data=fields.base64("Data", len(value)),
             content_type=fields.media_type("ContentType"),
@@ -305,15 +336,15 @@ class PredictionMessage:
         return orjson.dumps(self.fields())
 
     @classmethod
-    def decode(cls, value: bytes) -> Self:
-        """Read a record's value.
+    def decode(cls, value: bytes, ahead: timedelta = MAX_AHEAD) -> Self:
+        """Read a record's value. Its id's time may be so far `ahead` of now.
 
         Raises:
             InvalidMessage: with the reason.
         """
         fields = _Fields(value)
         return cls(
-            id=fields.identifier("ID"),
+            id=fields.identifier("ID", ahead),
             inferred_value=fields.label("InferredValue", MAX_LABEL_CHARACTERS),
             confidence=fields.share("Confidence"),
             model=fields.label("Model", MAX_NAME_CHARACTERS),
@@ -322,6 +353,10 @@ class PredictionMessage:
 
 
 Message = ImageMessage | PredictionMessage
+
+
+LOG_APPEND_TIME = 1
+"""A record's time is the broker's clock (`message.timestamp.type=LogAppendTime`)."""
 
 
 class Record(Protocol):
@@ -334,12 +369,16 @@ class Record(Protocol):
     value: bytes | None
     timestamp: int
     """Milliseconds since 1970, or -1."""
+    timestamp_type: int
+    """LOG_APPEND_TIME, or 0: CreateTime."""
 
 
 MessageT = TypeVar("MessageT", ImageMessage, PredictionMessage)
 
 
-def decode_record(kind: type[MessageT], record: Record, max_bytes: int) -> MessageT:
+def decode_record(
+    kind: type[MessageT], record: Record, max_bytes: int, ahead: timedelta = MAX_AHEAD
+) -> MessageT:
     """Read a consumed record: `kind.decode`, and the checks that need the record around the value.
 
     A record without a key is taken, so that any Kafka tool can send one; a key must be the id.
@@ -354,7 +393,7 @@ def decode_record(kind: type[MessageT], record: Record, max_bytes: int) -> Messa
         raise InvalidMessage(
             Reason.TOO_LARGE, f"the record has {len(value)} bytes, more than {max_bytes}"
         )
-    message = kind.decode(value)
+    message = kind.decode(value, ahead)
     if record.key is not None and record.key != message.key:
         raise InvalidMessage(Reason.KEY_MISMATCH, f"the record's key is not its ID {message.id}")
     return message

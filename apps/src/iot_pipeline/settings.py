@@ -608,6 +608,8 @@ class AuditSettings(DatabaseSettings, Settings):
     expect: int = setting(
         0, "also fail (exit status 1) when fewer images than this were produced", minimum=0
     )
+    inference_group: str = setting("iot-inference", "consumer group of inference", required=True)
+    storage_group: str = setting("iot-storage", "consumer group of storage", required=True)
     json: bool = setting(False, "print one JSON object on one line")
     record: str = setting(
         "", "also leave the result, with its time, in this file as JSON", metavar="FILE"

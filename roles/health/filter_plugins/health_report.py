@@ -339,8 +339,12 @@ def judge_audit(looks: Mapping[str, Data], limits: Data, at: datetime) -> Iterat
     if hours > limits["audit_age_hours"]:
         detail = f"the last audit that came to an end was {hours:.1f} hours ago"
         yield find("audit-stale", WARNING, host, detail)
-    if audit["missing"] or audit["duplicated"]:
-        detail = f"{audit['missing']} missing, {audit['duplicated']} twice, at {audit['at']}"
+    # A release from before they were counted knows none that are lost.
+    counts = {"missing": audit["missing"], "lost unread": audit.get("lost", 0)}
+    counts["twice"] = audit["duplicated"]
+    if any(counts.values()):
+        texts = [f"{count} {name}" for name, count in counts.items()]
+        detail = f"{', '.join(texts)}, at {audit['at']}"
         yield find("audit-missing", CRITICAL, host, detail)
 
 

@@ -21,6 +21,7 @@ from kafka.admin import (
     ACLPermissionType,
     ACLResourcePatternType,
     KafkaAdminClient,
+    MemberToRemove,
     ResourcePatternFilter,
     ResourceType,
 )
@@ -109,9 +110,14 @@ def make_topic(options: dict[str, Any]) -> None:
     administer(options, lambda admin: admin.create_topics({"new": {}}, validate_only=True))
 
 
-def join(options: dict[str, Any], group: str) -> None:
-    """What a member asks first."""
+def look_at(options: dict[str, Any], group: str) -> None:
     administer(options, lambda admin: admin.list_group_offsets(group))
+
+
+def join(options: dict[str, Any], group: str) -> None:
+    """What only members may: one leaves, whom nobody knows."""
+    nobody = [MemberToRemove(group_instance_id="nobody")]
+    administer(options, lambda admin: admin.remove_group_members(group, nobody))
 
 
 def attempts(asked: dict[str, Any]) -> dict[str, tuple[Callable[..., None], tuple[Any, ...]]]:
@@ -120,6 +126,7 @@ def attempts(asked: dict[str, Any]) -> dict[str, tuple[Callable[..., None], tupl
         **{f"read {topic}": (read, (topic,)) for topic in asked["topics"]},
         **{f"write {topic}": (write, (topic, asked["too_large"])) for topic in asked["topics"]},
         **{f"join {group}": (join, (group,)) for group in asked["groups"]},
+        **{f"look at {group}": (look_at, (group,)) for group in asked["groups"]},
         "make a topic": (make_topic, ()),
         "see who may what": (see_acls, ()),
     }

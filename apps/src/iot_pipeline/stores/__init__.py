@@ -263,7 +263,8 @@ class Store(ABC):
 
 
 def _size(document: Document) -> int:
-    return 500 + len(document.get("Data", ""))
+    """Bytes, roughly. What is long in a document is text: images, and what others have added."""
+    return 500 + sum(len(value) for value in document.values() if isinstance(value, str))
 
 
 def chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -72,12 +72,15 @@ BY_ID = {"_id": 1}
 # PyMongo's texts end with its settings.
 _TIMEOUTS = re.compile(r"\s*\(configured timeouts:[^)]*\)")
 _JSON = json_util.RELAXED_JSON_OPTIONS
+# Texts that are no UTF-8, which the server takes from others, are read too. They are never written.
 _CODEC: CodecOptions[dict[str, Any]] = CodecOptions(
-    tz_aware=True, datetime_conversion=DatetimeConversion.DATETIME_AUTO
+    tz_aware=True,
+    unicode_decode_error_handler="surrogateescape",
+    datetime_conversion=DatetimeConversion.DATETIME_AUTO,
 )
 _SAME_IN_JSON = frozenset({str, int, float, bool, type(None)})
 # What BSON cannot hold: integers of over 64 bits, texts that are no UTF-8, names with a zero byte.
-_NO_BSON = (BSONError, OverflowError, RecursionError, TypeError, ValueError)
+_NO_BSON = (ArithmeticError, BSONError, RecursionError, *UNREADABLE)
 
 
 class MongoStore(Store):
@@ -339,7 +342,11 @@ def _to_json(value: Any) -> Any:
 
 def _to_bson(value: Any) -> Any:
     if isinstance(value, dict):
-        return json_util.object_hook({name: _to_bson(each) for name, each in value.items()}, _JSON)
+        converted = {name: _to_bson(each) for name, each in value.items()}
+        try:
+            return json_util.object_hook(converted, _JSON)
+        except (ArithmeticError, BSONError, *UNREADABLE):
+            return converted  # only its names look like Extended JSON
     if isinstance(value, list):
         return [_to_bson(each) for each in value]
     return value
