@@ -501,6 +501,7 @@ function buildGate(settings, databases) {
     try {
       stored = await (await databases.open(database)).bulkDocs(allowed, options);
     } catch (error) {
+      if (error.name === 'doc_validation') throw new Refusal(400, error.name, error.message);
       if (error.status < 500) throw error;
       // What the disk does not take CouchDB tells of each document.
       console.error(`${request.method} ${request.path}: ${error.stack || error}`);
