@@ -7,6 +7,7 @@ import json
 import resource
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -154,6 +155,23 @@ def test_a_password_that_is_refused_is_tried_again_later(
             return False
 
     wait_for(reads, "the next attempt", 30)
+
+
+def test_a_password_that_was_taken_before_is_tried_again_sooner(
+    connect: Connect, person: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that has just started may not know its users yet."""
+    monkeypatch.setattr("iot_pipeline.stores.couchdb.CouchStore.refusal_pause", 1000)
+    store = connect(**person.keep("right"))
+    assert store.read(["a"]) == {}
+    person.become("forgotten")
+    with pytest.raises(SinkUnavailable, match="refuses user"):
+        store.read(["a"])
+    person.become("right")
+    with pytest.raises(SinkUnavailable, match="refuses user"):
+        store.read(["a"])
+    monkeypatch.setattr("time.monotonic", lambda after=time.monotonic: after() + 101)
+    assert store.read(["a"]) == {}
 
 
 def test_a_change_of_password_locks_nobody(connect: Connect, person: Person) -> None:

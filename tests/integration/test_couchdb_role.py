@@ -71,7 +71,7 @@ class Role:
         done = subprocess.run(
             [
                 str(Path(sys.executable).with_name("ansible-playbook")),
-                *("--connection=local", "-i", "localhost,", f"--extra-vars=@{file}", "-v"),
+                *("--connection=local", "-i", "localhost,", f"--extra-vars=@{file}", "-vvv"),
                 *(*arguments, str(self._folder / "play.yml")),
             ],
             env=os.environ
