@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from typing import Any
+from urllib.parse import quote
 
 from kafka import KafkaConsumer
 
@@ -80,10 +81,11 @@ def main() -> None:
         _, password = PasswordFile(settings.store_password_file).choose()
         credentials = base64.b64encode(f"{settings.store_user}:{password}".encode()).decode()
         headers["Authorization"] = f"Basic {credentials}"
+    path = f"/{quote(settings.store_address.database, safe='')}/_bulk_docs"
     began, used = time.monotonic(), time.process_time()
     for start in range(0, len(made), size):
         body = json.dumps({"docs": made[start : start + size]})
-        connection.request("POST", f"/{settings.store_address.database}/_bulk_docs", body, headers)
+        connection.request("POST", path, body, headers)
         answer = connection.getresponse()
         answer.read()
         if answer.status != 201:

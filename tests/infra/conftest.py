@@ -56,6 +56,7 @@ VARIABLES = (
     "couchdb_bind_address",
     "couchdb_database",
     "couchdb_distribution",
+    "couchdb_enforce_readers",
     "couchdb_plain_port",
     "couchdb_port",
     "couchdb_tls",

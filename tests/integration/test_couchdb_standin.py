@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import resource
 import signal
 import ssl
 import subprocess
@@ -44,16 +45,16 @@ def gate(database: CouchDB) -> Iterator[CouchDB]:
         ("GET", f"/{CLOSED}%2F/_all_docs", None, 404),
         ("GET", f"/{CLOSED}/_all_docs", None, 403),
         ("DELETE", f"/{OPEN}/", None, 401),
-        ("PUT", f"/{OPEN}/_design/d", {"views": {}}, 401),
-        ("PUT", f"/{OPEN}/_design%2Fd", {"views": {}}, 401),
-        ("POST", f"/{OPEN}", {"_id": "_design/d"}, 401),
-        ("POST", f"/{OPEN}/_bulk_docs", {"docs": [{"_id": "_design/d"}]}, 401),
-        ("POST", f"/{OPEN}/_index", {"index": {"fields": ["n"]}}, 401),
-        ("PUT", f"/{OPEN}/_security", {}, 401),
+        ("PUT", f"/{OPEN}/_design/d", {"views": {}}, 403),
+        ("PUT", f"/{OPEN}/_design%2Fd", {"views": {}}, 403),
+        ("POST", f"/{OPEN}", {"_id": "_design/d"}, 403),
+        ("POST", f"/{OPEN}/_bulk_docs", {"docs": [{"_id": "_design/d"}]}, 403),
+        ("POST", f"/{OPEN}/_index", {"index": {"fields": ["n"]}}, 403),
+        ("PUT", f"/{OPEN}/_security", {}, 403),
         ("PUT", f"/{OPEN}/_local/_security", {"security": {}}, 403),
         ("PUT", f"/{OPEN}/_local%2F_security", {"security": {}}, 403),
         ("POST", f"/{OPEN}/_bulk_docs", {"docs": [{"_id": "_local/_security"}]}, 403),
-        ("COPY", f"/{OPEN}/a", None, 405),
+        ("COPY", f"/{OPEN}/a", None, 400),
         ("GET", "/_all_dbs", None, 401),
         ("GET", "/_users/_all_docs", None, 401),
     ],
@@ -70,11 +71,12 @@ def test_members_do_not_get_further_than_their_documents(
         ("POST", f"/{OPEN}/_bulk_docs", [], 400),
         ("POST", f"/{OPEN}/_bulk_docs", {"docs": 3}, 400),
         ("POST", f"/{OPEN}/_bulk_docs", {"docs": [None, 4]}, 400),
+        ("POST", f"/{OPEN}/_bulk_docs", {"docs": [{"_id": "beside-null"}, None]}, 400),
         ("POST", f"/{OPEN}/_bulk_docs", {"docs": [{"_id": "big", "x": "x" * 8_000_001}]}, 413),
         ("PUT", f"/{OPEN}/a", [1], 400),
         ("PUT", "/Capital", None, 400),
         ("GET", "/%E0%A4%A", None, 400),
-        ("POST", "/", {}, 404),
+        ("POST", "/", {}, 405),
         ("DELETE", "/nowhere", None, 404),
         ("PUT", "/nowhere/a", {}, 404),
     ],
@@ -84,6 +86,79 @@ def test_odd_requests_are_refused_and_end_nothing(
 ) -> None:
     assert gate.request(method, path, body).status == expected
     assert gate.request("GET", f"/{OPEN}", user=gate.user).status == 200
+    assert gate.request("GET", f"/{OPEN}/beside-null", user=gate.user).status == 404
+
+
+def test_a_plus_in_a_path_stands_for_a_blank(gate: CouchDB) -> None:
+    assert gate.request("PUT", "/gate+plus").status == 400
+    assert gate.request("PUT", "/gate%2Bplus").status == 201
+    assert gate.request("GET", "/gate+plus").status == 404
+    assert gate.request("GET", "/gate%2Bplus/_all_docs").status == 200
+    assert gate.request("DELETE", "/gate%2Bplus").status == 200
+
+
+def test_the_path_names_the_document(gate: CouchDB) -> None:
+    assert gate.request("PUT", f"/{OPEN}/named", {"_id": "other"}, gate.user).body["id"] == "named"
+    assert gate.request("GET", f"/{OPEN}/other", user=gate.user).status == 404
+
+
+LOCKED = "Account is temporarily locked due to multiple authentication failures"
+
+
+def make_person(database: CouchDB, name: str, password: str) -> tuple[str, str]:
+    """A user, or a new password for it."""
+    path = f"/_users/org.couchdb.user:{name}"
+    known = database.request("GET", path)
+    rev = {"_rev": known.body["_rev"]} if known.status == 200 else {}
+    person = {"name": name, "password": password, "roles": [], "type": "user", **rev}
+    assert database.request("PUT", path, person).status == 201
+    return name, password
+
+
+def test_five_failed_logins_lock_a_user_until_its_password_is_changed(gate: CouchDB) -> None:
+    right = make_person(gate, "forgetful", "the right one")
+    statuses = []
+    for number in range(5):
+        statuses.append(gate.request("GET", "/_session", user=("forgetful", f"{number}")).status)
+        # What succeeds between them takes none of them back.
+        statuses.append(gate.request("GET", "/_session", user=right).status)
+    assert statuses == [401, 200, 401, 200, 401, 200, 401, 200, 401, 403]
+    answer = gate.request("GET", "/_session", user=right)
+    assert (answer.status, answer.body) == (403, {"error": "forbidden", "reason": LOCKED})
+    assert gate.request("GET", "/_session", user=gate.user).status == 200
+    assert gate.request("GET", "/_session", user=make_person(gate, *right)).status == 200
+
+
+def test_who_is_unknown_is_not_locked(gate: CouchDB) -> None:
+    asked = [gate.request("GET", "/_session", user=("unknown", "any")).status for _ in range(7)]
+    assert asked == [401] * 7
+
+
+class QuickCouchDB(CouchDB):
+    """A stand-in that forgets failed logins after two seconds."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._environment["COUCHDB_LOCKOUT_SECONDS"] = "2"
+
+
+def test_a_locked_admin_is_let_in_again_after_a_while(tmp_path: Path) -> None:
+    with QuickCouchDB(tmp_path) as server:
+        for _ in range(5):
+            server.request("GET", "/_all_dbs", user=("admin", "wrong"))
+        assert server.request("GET", "/_all_dbs").status == 403
+        wait_for(lambda: server.request("GET", "/_all_dbs").status == 200, "the lock to end", 20)
+
+
+def test_what_the_disk_does_not_take_is_told_for_each_document(tmp_path: Path) -> None:
+    with CouchDB(tmp_path) as server:
+        server.create(OPEN)
+        documents = [{"_id": str(number), "x": "x" * 10_000} for number in range(40)]
+        resource.prlimit(server.pid or 0, resource.RLIMIT_FSIZE, (100_000, 100_000))
+        answer = server.request("POST", f"/{OPEN}/_bulk_docs", {"docs": documents}, server.user)
+        assert answer.status == 500
+        assert [row["id"] for row in answer.body] == [document["_id"] for document in documents]
+        assert {row["error"] for row in answer.body} == {"internal_server_error"}
 
 
 def test_passwords_are_stored_hashed(gate: CouchDB) -> None:
@@ -137,9 +212,8 @@ def test_readers_read(readable: CouchDB) -> None:
         ("DELETE", "/kept?rev={rev}", None),
         ("PUT", "/kept/file?rev={rev}", {"n": 1}),
         ("PUT", "/new/file", {"n": 1}),
-        # express-pouchdb prefers the id of the body to that of the path.
-        ("PUT", "/_local%2Fmine", {"_id": "new"}),
-        ("PUT", "/_local/mine", {"_id": "new"}),
+        # The path names the document.
+        ("PUT", "/new", {"_id": "_local/mine"}),
     ],
 )
 def test_readers_do_not_write(readable: CouchDB, method: str, path: str, body: Any) -> None:
@@ -151,11 +225,23 @@ def test_readers_do_not_write(readable: CouchDB, method: str, path: str, body: A
     assert readable.request("GET", f"/{READABLE}").body == before
 
 
+@pytest.mark.parametrize("path", ["_local/mine", "_local%2Fmine"])
+def test_readers_write_local_documents_which_nobody_lists(readable: CouchDB, path: str) -> None:
+    """No validation function sees them."""
+    listed = readable.request("GET", f"/{READABLE}/_all_docs").body
+    kept = f"/{READABLE}/{path}"
+    assert readable.request("PUT", kept, {"n": 1}, READER).status == 201
+    found = readable.request("GET", kept, user=READER).body
+    assert (found["_id"], found["n"]) == ("_local/mine", 1)
+    assert readable.request("GET", f"/{READABLE}/_all_docs").body == listed
+    assert readable.request("DELETE", f"{kept}?rev={found['_rev']}", user=READER).status == 200
+
+
 def test_bulks_of_readers_are_refused_by_document(readable: CouchDB) -> None:
-    documents = {"docs": [{"_id": "a"}, {"n": 1}, None]}
+    documents = {"docs": [{"_id": "a"}, {"n": 1}]}
     refused = readable.request("POST", f"/{READABLE}/_bulk_docs", documents, READER)
     assert refused.status == 201
-    assert [row["error"] for row in refused.body] == ["forbidden"] * 3
+    assert [row["error"] for row in refused.body] == ["forbidden"] * 2
     assert readable.request("GET", f"/{READABLE}/a").status == 404
 
 

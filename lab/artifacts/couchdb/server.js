@@ -26,6 +26,7 @@ Set by the environment:
   COUCHDB_BIND_ADDRESS         address to listen on (127.0.0.1)
   COUCHDB_PORT                 port to listen on (5984)
   COUCHDB_MAX_DOCUMENT_SIZE    largest document in bytes (8000000)
+  COUCHDB_LOCKOUT_SECONDS      how long failed logins are remembered; five lock a user out (300)
   COUCHDB_LOG_LEVEL            error, or info for a line a request (error)
   COUCHDB_TLS_CERTIFICATE_FILE certificate and its chain; with it and its key, only https is spoken
   COUCHDB_TLS_KEY_FILE         the certificate's key
@@ -39,6 +40,8 @@ const USER_PREFIX = 'org.couchdb.user:';
 const SECURITY_ID = '_local/_security';
 const ADMINS_ONLY = { admins: { names: [], roles: ['_admin'] }, members: { names: [], roles: ['_admin'] } };
 const ITERATIONS = 50000;
+// https://docs.couchdb.org/en/stable/config/auth.html: chttpd_auth_lockout
+const LOCKOUT_THRESHOLD = 5;
 const MAX_REQUEST_SIZE = 64 * 1024 * 1024;
 const CERTIFICATE_CHECK_INTERVAL = 5000; // milliseconds
 
@@ -52,7 +55,9 @@ class Refusal extends Error {
 }
 
 const unauthorized = (reason) => new Refusal(401, 'unauthorized', reason);
-const notDatabaseAdmin = () => unauthorized('You are not a db or server admin.');
+const notDatabaseAdmin = () => new Refusal(403, 'forbidden', 'You are not a db or server admin.');
+const lockedOut = () =>
+  new Refusal(403, 'forbidden', 'Account is temporarily locked due to multiple authentication failures');
 const hidden = () => new Refusal(403, 'forbidden', 'Permissions are set at _security.');
 const notServerAdmin = () => unauthorized('You are not a server admin.');
 
@@ -82,6 +87,7 @@ function readSettings(env) {
     bindAddress: env.COUCHDB_BIND_ADDRESS || '127.0.0.1',
     port: number('COUCHDB_PORT', 5984),
     maxDocumentSize: number('COUCHDB_MAX_DOCUMENT_SIZE', 8000000),
+    lockoutSeconds: number('COUCHDB_LOCKOUT_SECONDS', 300),
     logLevel: env.COUCHDB_LOG_LEVEL || 'error',
     tls: readTlsSettings(env),
   };
@@ -198,6 +204,31 @@ function readsSecondParameter(source) {
   return /\b(arguments|eval)\b/.test(source) || words.filter((word) => word === second).length > 1;
 }
 
+// Failed logins, by the address that they come from, the user and the salt of the password: of a
+// password that is changed, none has failed yet. A login that succeeds takes none of them back.
+class Lockout {
+  constructor(seconds) {
+    this.milliseconds = seconds * 1000;
+    this.failures = new Map();
+  }
+
+  failed(key) {
+    const now = Date.now();
+    for (const [each, { since }] of this.failures) {
+      if (now - since <= this.milliseconds) break;
+      this.failures.delete(each);
+    }
+    const known = this.failures.get(key);
+    if (known) known.count += 1;
+    else this.failures.set(key, { count: 1, since: now });
+  }
+
+  holds(key) {
+    const { count, since } = this.failures.get(key) || { count: 0 };
+    return count >= LOCKOUT_THRESHOLD && Date.now() - since <= this.milliseconds;
+  }
+}
+
 // Who a request comes from: the admin of the settings, or a document of _users.
 class Accounts {
   constructor(settings, databases) {
@@ -207,27 +238,35 @@ class Accounts {
     // as a keyed hash that is of no use to whoever sees it.
     this.secret = crypto.randomBytes(32);
     this.verified = new Set();
+    this.lockout = new Lockout(settings.lockoutSeconds);
   }
 
   digest(...parts) {
     return crypto.createHmac('sha256', this.secret).update(JSON.stringify(parts)).digest('base64');
   }
 
-  async authenticate(header) {
+  async authenticate(header, address) {
     if (!header) return { name: null, roles: [] };
     const [scheme, encoded = ''] = header.split(' ');
     if (scheme.toLowerCase() !== 'basic') throw unauthorized('Only basic authentication is supported.');
     const [name, ...rest] = Buffer.from(encoded, 'base64').toString('utf8').split(':');
     const password = rest.join(':');
-    if (name === this.settings.adminUser) {
-      const given = Buffer.from(this.digest(password));
-      const expected = Buffer.from(this.digest(this.settings.adminPassword));
-      if (crypto.timingSafeEqual(given, expected)) return { name, roles: ['_admin'] };
-    } else {
-      const user = await this.databases.read('_users', USER_PREFIX + name);
-      if (user && (await this.matches(user, password))) return { name, roles: user.roles || [] };
+    const isAdmin = name === this.settings.adminUser;
+    const user = isAdmin ? undefined : await this.databases.read('_users', USER_PREFIX + name);
+    if (isAdmin || user) {
+      const key = this.digest(address, name, isAdmin ? '' : user.salt);
+      if (this.lockout.holds(key)) throw lockedOut();
+      const isRight = isAdmin ? this.matchesAdmin(password) : await this.matches(user, password);
+      if (isRight) return { name, roles: isAdmin ? ['_admin'] : user.roles || [] };
+      this.lockout.failed(key);
     }
     throw unauthorized('Name or password is incorrect.');
+  }
+
+  matchesAdmin(password) {
+    const given = Buffer.from(this.digest(password));
+    const expected = Buffer.from(this.digest(this.settings.adminPassword));
+    return crypto.timingSafeEqual(given, expected);
   }
 
   async matches(user, password) {
@@ -281,10 +320,12 @@ function needsDatabaseAdmin(method, action = '') {
 
 const isWrite = (request) => ['DELETE', 'POST', 'PUT'].includes(request.method);
 
+const pathId = (request) => request.segments.slice(1).join('/');
+
 // The documents that a request writes, each with the id that express-pouchdb will give it.
 function writtenDocuments(request) {
   const { body, method, query } = request;
-  const id = request.segments.slice(1).join('/');
+  const id = pathId(request);
   if (!isWrite(request) || (id === '' && method !== 'POST')) return [];
   if (id === '_bulk_docs') return Array.isArray(body.docs) ? body.docs : [];
   if (method === 'DELETE') return [{ _id: id, _rev: query.rev, _deleted: true }];
@@ -294,7 +335,8 @@ function writtenDocuments(request) {
 
 function splitPath(pathname) {
   try {
-    return pathname.replace(/^\/|\/$/g, '').split('/').map(decodeURIComponent);
+    // A plus stands for a blank here, as it does in CouchDB.
+    return pathname.replace(/^\/|\/$/g, '').replaceAll('+', ' ').split('/').map(decodeURIComponent);
   } catch {
     throw new Refusal(400, 'bad_request', 'The path is not valid percent-encoding.');
   }
@@ -306,9 +348,15 @@ async function authorize(databases, user, request) {
   const { method } = request;
   if (user.name === null) throw unauthorized('Authentication required.');
   if (!['GET', 'HEAD', 'PUT', 'POST', 'DELETE'].includes(method)) {
+    if (method === 'COPY' && request.headers.destination === undefined) {
+      throw new Refusal(400, 'bad_request', 'Destination header is mandatory for COPY.');
+    }
     throw new Refusal(405, 'method_not_allowed', 'Only GET, HEAD, PUT, POST and DELETE are allowed.');
   }
-  if (request.segments.slice(1).join('/') === SECURITY_ID) throw hidden();
+  if (database === '' && !['GET', 'HEAD'].includes(method)) {
+    throw new Refusal(405, 'method_not_allowed', 'Only GET,HEAD allowed');
+  }
+  if (pathId(request) === SECURITY_ID) throw hidden();
   if (['_session', '_uuids'].includes(database)) return;
   // express-pouchdb cleans a database's name before it looks for it, so only a name that is exactly
   // right may get there: otherwise "secret%2F" would pass here as unknown and open "secret".
@@ -354,7 +402,9 @@ function buildGate(settings, databases) {
 
   gate.use(handled(async (request, response, next) => {
     request.segments = splitPath(request.path);
-    request.user = await accounts.authenticate(request.headers.authorization);
+    request.user = await accounts.authenticate(
+      request.headers.authorization, request.socket.remoteAddress,
+    );
     next();
   }));
 
@@ -381,7 +431,7 @@ function buildGate(settings, databases) {
   });
 
   gate.put('/:database', (request, response, next) => {
-    const { database } = request.params;
+    const [database] = request.segments;
     if (SYSTEM_DATABASES.includes(database) || DATABASE_NAME.test(database)) return next();
     throw new Refusal(400, 'illegal_database_name', `'${database}' is no name for a database: use lowercase ` +
       'letters, digits and any of _$()+-, and begin with a letter.');
@@ -418,6 +468,10 @@ function buildGate(settings, databases) {
     const { body } = request;
     if (['POST', 'PUT'].includes(request.method) && action !== undefined) requireObject(body);
     const documents = action === '_bulk_docs' && Array.isArray(body.docs) ? body.docs : [body];
+    if (action === '_bulk_docs') documents.forEach(requireObject);
+    // The path names the document, whatever its body says.
+    const isDocument = action !== undefined && !action.startsWith('_design');
+    if (request.method === 'PUT' && isDocument) body._id = pathId(request);
     for (const document of documents) {
       const id = String((document || {})._id || '');
       if (id === SECURITY_ID) throw hidden();
@@ -436,14 +490,27 @@ function buildGate(settings, databases) {
     const [database, action] = request.segments;
     const documents = writtenDocuments(request);
     const refusals = documents.length > 0 ? await validation.refusals(database, documents, request.user) : [];
-    if (!refusals.some(Boolean)) return next();
-    if (action !== '_bulk_docs') throw refusals[0];
+    if (action !== '_bulk_docs' || !Array.isArray(request.body.docs)) {
+      if (refusals.some(Boolean)) throw refusals[0];
+      return next();
+    }
     const options = 'new_edits' in request.body ? { new_edits: request.body.new_edits } : {};
     const allowed = documents.filter((_, index) => !refusals[index]);
-    const stored = await (await databases.open(database)).bulkDocs(allowed, options);
+    const row = (document, error, reason) => ({ id: document._id, error, reason });
+    let stored;
+    try {
+      stored = await (await databases.open(database)).bulkDocs(allowed, options);
+    } catch (error) {
+      if (error.name === 'doc_validation') throw new Refusal(400, error.name, error.message);
+      if (error.status < 500) throw error;
+      // What the disk does not take CouchDB tells of each document.
+      console.error(`${request.method} ${request.path}: ${error.stack || error}`);
+      const reason = error.message || String(error);
+      return response.status(500).json(documents.map((each) => row(each, 'internal_server_error', reason)));
+    }
     return response.status(201).json(documents.map((document, index) => {
-      const failure = refusals[index] || {};
-      if (failure.error) return { id: (document || {})._id, error: failure.error, reason: failure.message };
+      const failure = refusals[index];
+      if (failure) return row(document, failure.error, failure.message);
       const result = stored.shift();
       return result && result.error ? { id: result.id, error: result.name, reason: result.message } : result;
     }).filter(Boolean));

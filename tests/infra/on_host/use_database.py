@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from iot_pipeline.access import Tls
 from iot_pipeline.settings import AuditSettings, DatabaseSettings, StoreSettings, load
@@ -115,7 +116,7 @@ def send_couchdb(
 
 def ask_couchdb(who: str, what: str, document: str) -> str:
     as_somebody = login(who)
-    database = as_somebody[0].store_address.database
+    database = quote(as_somebody[0].store_address.database, safe="")
     words = {"database": database, "document": document, "rev": "1-0"}
     method, path, *body = REQUESTS[what]
     if "{rev}" in path:

@@ -8,6 +8,7 @@ CouchDB and ours in MongoDB, and no part of the image's document anywhere; see `
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -81,6 +82,10 @@ def open_store(settings: DatabaseSettings) -> Store:
 class Store(ABC):
     """One database, or collection, of one server or cluster. For one thread at a time."""
 
+    refusal_pause = 0.0
+    """Seconds from one login with a password that was refused to the next: servers may lock out who
+    fails often."""
+
     def __init__(self, settings: DatabaseSettings, product: str) -> None:
         """Prepare; nothing is sent yet.
 
@@ -96,6 +101,9 @@ class Store(ABC):
         self._server = f"{product} at {self._address.place}"
         self._passwords = PasswordFile(settings.store_password_file)
         self._password = ""
+        # The one that was taken last, and when others were refused.
+        self._accepted: str | None = None
+        self._refused: dict[str, float] = {}
         if settings.store_user:
             try:
                 self._password = self._passwords.read()[0]
@@ -143,8 +151,7 @@ class Store(ABC):
             changed = self._changed(waiting, new, outcome, alive)
             new, waiting = set(), {}
             for chunk in chunks(changed):
-                alive()
-                for identifier in self._write(chunk, outcome):
+                for identifier in self._write(chunk, outcome, alive):
                     waiting[identifier] = documents[identifier]
             if not waiting:
                 return outcome
@@ -183,10 +190,12 @@ class Store(ABC):
         return changed
 
     @abstractmethod
-    def _write(self, documents: Sequence[Document], outcome: Outcome) -> list[str]:
+    def _write(
+        self, documents: Sequence[Document], outcome: Outcome, alive: Callable[[], None]
+    ) -> list[str]:
         """Write documents whose `_rev` is the one that was read, or that have none, being new.
 
-        Adds to the outcome what is stored and what will never be.
+        Adds to the outcome what is stored and what will never be. Calls `alive` between requests.
 
         Returns:
             The ids of those that someone else changed since they were read.
@@ -238,20 +247,43 @@ class Store(ABC):
     def _with_any_password(self, request: Callable[[], ResultT]) -> ResultT:
         """Send a request with each password that the file has by now, until one is taken.
 
+        It begins with the one that was taken last. One that was refused is tried again after the
+        pause; once after a tenth of it if it had been taken before: the server may just have
+        started.
+
         Raises:
             SinkUnavailable: none is.
         """
-        refused: set[str] = set()
+        refused = self._refused_lately()
+        if self._password in refused and not self._take_password_not_in(refused):
+            raise self._shut_out()
         while True:
             try:
-                return request()
+                result = request()
             except PasswordRefused as error:
                 refused.add(self._password)
+                self._refused[self._password] = time.monotonic()
                 if not self._take_password_not_in(refused):
-                    raise SinkUnavailable(
-                        f"{self._server} refuses user {self._settings.store_user!r}: check "
-                        "IOT_STORE_USER and IOT_STORE_PASSWORD_FILE"
-                    ) from error
+                    raise self._shut_out() from error
+            else:
+                self._accepted = self._password
+                self._refused.clear()
+                return result
+
+    def _refused_lately(self) -> set[str]:
+        """The passwords that it is too early to try again."""
+        now, pause = time.monotonic(), self.refusal_pause * len(self._refused)
+        lately = {password for password, at in self._refused.items() if now - at < pause}
+        if self._accepted in lately and now - self._refused[self._accepted] > pause / 10:
+            lately.remove(self._accepted)
+            self._accepted = None
+        return lately
+
+    def _shut_out(self) -> SinkUnavailable:
+        return SinkUnavailable(
+            f"{self._server} refuses user {self._settings.store_user!r}: check IOT_STORE_USER and "
+            "IOT_STORE_PASSWORD_FILE"
+        )
 
     def _take_password_not_in(self, refused: Collection[str]) -> bool:
         with suppress(OSError, ValueError):

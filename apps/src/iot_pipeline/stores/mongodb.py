@@ -167,8 +167,11 @@ class MongoStore(Store):
         last = documents[-1]["_id"] if len(documents) == limit else None
         return [_from_bson(document) for document in documents], last
 
-    def _write(self, documents: Sequence[Document], outcome: Outcome) -> list[str]:
+    def _write(
+        self, documents: Sequence[Document], outcome: Outcome, alive: Callable[[], None]
+    ) -> list[str]:
         """Write documents with one bulk; see `Store._write`."""
+        alive()
         sent, operations = [], []
         for document in documents:
             try:

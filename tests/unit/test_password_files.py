@@ -1,0 +1,58 @@
+"""The files that hold both passwords while one is changed, as the role pipeline_app writes them."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STEPS = ["announce", "announce", "prefer", "prefer", "announce"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the files are to be root's")
+def test_the_first_password_is_the_one_that_the_database_knows(tmp_path: Path) -> None:
+    store, kafka = tmp_path / "store.password", tmp_path / "any.kafka.password"
+    for file in (store, kafka):
+        file.write_text("old\n")
+    tasks: list[dict[str, Any]] = []
+    for step in STEPS:
+        role = {"name": "pipeline_app", "tasks_from": step}
+        tasks.append({"ansible.builtin.include_role": role})
+        words = f"cat {store} {kafka} >> {tmp_path}/seen; echo >> {tmp_path}/seen"
+        tasks.append({"ansible.builtin.shell": words})
+    play = {"hosts": "localhost", "gather_facts": False, "tasks": tasks}
+    (tmp_path / "play.yml").write_text(json.dumps([play]))
+    variables = {
+        "pipeline_app_secret_files": {"store.password": "new"},
+        "pipeline_app_tool_secret_files": {"missing.password": "new"},
+        "_pipeline_app_passwords": dict.fromkeys(
+            ["store.password", "any.kafka.password", "missing.password"], "new"
+        ),
+        "_pipeline_app_config_dir": str(tmp_path),
+        "_pipeline_app_user": "root",
+    }
+    (tmp_path / "variables.json").write_text(json.dumps(variables))
+    command = shutil.which("ansible-playbook")
+    assert command, "the tools are not on PATH"
+    done = subprocess.run(
+        [
+            *(command, "--connection=local", "--inventory=localhost,"),
+            *(f"--extra-vars=@{tmp_path}/variables.json", str(tmp_path / "play.yml")),
+        ],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible/ansible.cfg")},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    announced = ["old", "new", "old", "new"]
+    # Of Kafka's, each client finds out by itself.
+    preferred = ["new", "old", "old", "new"]
+    seen = [text.split() for text in (tmp_path / "seen").read_text().strip().split("\n\n")]
+    # Once announced or preferred, it stays so.
+    assert seen == [announced, announced, preferred, preferred, preferred]
+    assert not (tmp_path / "missing.password").exists()
