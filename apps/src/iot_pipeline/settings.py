@@ -602,7 +602,7 @@ class AuditSettings(DatabaseSettings, Settings):
     )
     since: str = setting(
         "",
-        "look only at images made since: an RFC 3339 time, or an age such as 90s, 15m, 2h or 7d",
+        "look only at images that came since: an RFC 3339 time, or an age as 90s, 15m, 2h or 7d",
         metavar="TIME|AGE",
     )
     expect: int = setting(
