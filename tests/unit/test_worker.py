@@ -230,7 +230,8 @@ class FakeStage:
             raise InvalidMessage(Reason.INVALID_JSON, "not JSON")
         return record.value
 
-    def handle(self, items: Sequence[bytes]) -> list[bytes]:
+    def handle(self, items: Sequence[bytes], beat: Beat) -> list[bytes]:
+        beat()
         self.log.add("handle", list(items))
         if self.on_handle:
             self.on_handle.pop(0)()
