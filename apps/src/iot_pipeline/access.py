@@ -294,7 +294,7 @@ class _Knock:
         self._options = options
         self._sock = sock
         self._until = time.monotonic() + PROBE_SECONDS
-        self._parser = KafkaProtocol(client_id=f"{settings.SERVICE}-{socket.gethostname()}")
+        self._parser = KafkaProtocol(client_id=settings.client_id)
 
     def come_in(self) -> None:
         """Ask what versions the broker speaks, say who we are, and ask for its cluster.

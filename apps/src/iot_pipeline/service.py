@@ -264,7 +264,8 @@ class Service:
         Args:
             at_most: seconds that it may take in any case; not a second more when there is time.
         """
-        return max(LAST_SECONDS, min(at_most, STOP_SECONDS - self.stopping_for()))
+        until = self._stopped_at + STOP_SECONDS
+        return max(LAST_SECONDS, min(at_most, until - time.monotonic()))
 
     def wait(self, seconds: float) -> bool:
         """Sleep, but wake at once when asked to stop, and tell systemd all the while we live.
