@@ -44,6 +44,7 @@ from iot_pipeline.pipeline import MAX_IN_FLIGHT, Beat
 from iot_pipeline.schema import DeadLetter, Record
 from iot_pipeline.service import Service
 from iot_pipeline.settings import InferSettings
+from iot_pipeline.stores import mongodb
 from iot_pipeline.worker import Membership, Worker
 
 ONE = TopicPartition("iot-topic", 0)
@@ -486,7 +487,7 @@ def test_the_end_fits_into_what_systemd_allows() -> None:
     unit = (ROOT / "roles/pipeline_app/templates/service.j2").read_text()
     allowed = int(unit.partition("TimeoutStopSec=")[2].split()[0])
     # A sender takes its time twice where the broker does not answer; one poll may be under way.
-    most = max(worker.CLOSE_TIMEOUT_SECONDS, produce.CLOSE_TIMEOUT)
+    most = max(worker.CLOSE_TIMEOUT_SECONDS, produce.CLOSE_TIMEOUT) + mongodb.CLOSE_SECONDS
     assert service_module.STOP_SECONDS + most + worker.POLL_SECONDS < allowed
     assert produce.LAST_CHANCE < service_module.STOP_SECONDS
     assert worker.COMMIT_RESERVE_SECONDS < service_module.STOP_SECONDS

@@ -45,7 +45,7 @@ STARTING_EVERY = 5.0  # seconds between two words to systemd that a long start g
 NOTIFY_AGAIN_SECONDS = 1.0
 
 # From SIGTERM to the end, all told. The unit's TimeoutStopSec is 45: then systemd kills.
-STOP_SECONDS = 35.0
+STOP_SECONDS = 30.0
 # Whatever comes at the end gets so long even when it comes too late.
 LAST_SECONDS = 0.1
 
