@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from kafka.future import Future
 from kafka.protocol.metadata import MetadataRequest
 
+from iot_lab.paths import ROOT
 from iot_lab.processes import Pipeline, Process, wait_for
-from iot_pipeline.errors import SinkUnavailable
+from iot_pipeline.errors import Exit, SinkUnavailable
 from iot_pipeline.kafka import Sender
 from iot_pipeline.settings import ProduceSettings, load
 
@@ -47,6 +49,29 @@ def test_each_part_killed_while_500_images_flow(
         assert_clean(pipeline, len({r.key for r in pipeline.broker.records(pipeline.image_topic)}))
         for worker in (infer, store):
             assert worker.running, worker.error("ended")
+
+
+@pytest.mark.timeout(300)
+def test_each_part_ends_in_time_when_nothing_answers(pipeline: Pipeline) -> None:
+    unit = (ROOT / "roles/pipeline_app/templates/service.j2").read_text()
+    allowed = int(unit.partition("TimeoutStopSec=")[2].split()[0])
+    apps = [pipeline.infer().start(), pipeline.store().start()]
+    for app in apps:
+        app.wait_ready()
+    apps.append(pipeline.produce("--interval", "0.02").start().wait_ready())
+    wait_for_images(pipeline, 50)
+    servers = [pipeline.broker.pid, pipeline.database.pid]
+    for pid in servers:
+        assert pid
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor() as pool:
+            ended = list(pool.map(lambda app: app.stop(timeout=allowed), apps))
+    finally:
+        for pid in servers:
+            assert pid
+            os.kill(pid, signal.SIGCONT)
+    assert ended == [Exit.OK, Exit.OK, Exit.UNREACHABLE]
 
 
 def test_two_inference_workers_share_the_work_and_one_may_leave(

@@ -74,6 +74,80 @@ def test_more_partitions_than_a_batch_has_room_for() -> None:
 
 
 @given(
+    st.integers(1, 12),
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30_000)), min_size=1, max_size=40),
+)
+def test_over_any_run_all_partitions_get_the_same(
+    count: int, batches: list[tuple[int, int]]
+) -> None:
+    partitions = [TopicPartition("images", number) for number in range(count)]
+    intake = Intake(50, PLENTY)
+    served = dict.fromkeys(partitions, 0)
+    ends = dict.fromkeys(partitions, 0)
+    for max_records, max_bytes in batches:
+        for partition in partitions:
+            # Records of many sizes, always more than a batch may hold.
+            more = [
+                KafkaRecord("images", partition.partition, offset, bytes(offset * 7919 % 3000))
+                for offset in range(ends[partition], served[partition] + 41)
+            ]
+            if more:
+                intake.add(partition, more)
+                ends[partition] += len(more)
+        for partition, offsets in taken(intake.take(max_records, max_bytes)).items():
+            served[partition] += len(offsets)
+        assert max(served.values()) - min(served.values()) <= 1
+
+
+def test_what_came_late_is_made_up_for() -> None:
+    intake = Intake(100, PLENTY)
+    intake.add(ONE, records(ONE, 90))
+    assert taken(intake.take(30, PLENTY)) == {ONE: list(range(30))}
+    intake.add(THREE, records(THREE, 90))
+    assert taken(intake.take(40, PLENTY)) == {
+        ONE: list(range(30, 35)),
+        THREE: list(range(35)),
+    }
+    assert len(taken(intake.take(40, PLENTY))[ONE]) == 20
+
+
+def test_who_had_nothing_for_long_makes_up_for_one_batch_at_most() -> None:
+    intake = Intake(10, PLENTY)
+    for start in range(0, 1000, 10):
+        intake.add(ONE, records(ONE, 10, start))
+        intake.take(9, PLENTY)
+    intake.add(TWO, records(TWO, 100))
+    batch = taken(intake.take(30, PLENTY))
+    assert (len(batch[ONE]), len(batch[TWO])) == (10, 20)
+
+
+def test_what_was_not_part_of_a_backlog_is_not_made_up_for() -> None:
+    intake = Intake(100, PLENTY)
+    intake.add(ONE, records(ONE, 50))
+    assert len(intake.take(100, PLENTY)) == 50
+    intake.add(ONE, records(ONE, 20, 50))
+    intake.add(TWO, records(TWO, 20))
+    assert {at: len(offsets) for at, offsets in taken(intake.take(20, PLENTY)).items()} == {
+        ONE: 10,
+        TWO: 10,
+    }
+
+
+def test_large_images_and_their_predictions_come_in_step() -> None:
+    intake = Intake(2000, 32 * 1024 * 1024)
+    for partition in PARTITIONS:
+        large = 100_000 if partition.topic == "images" else 200
+        few = [
+            KafkaRecord(partition.topic, partition.partition, offset, bytes(large))
+            for offset in range(80)
+        ]
+        intake.add(partition, few)
+    batch = taken(intake.take(2000, 4 * 1024 * 1024))
+    shares = {partition: len(offsets) for partition, offsets in batch.items()}
+    assert max(shares.values()) - min(shares.values()) <= 1, shares
+
+
+@given(
     st.lists(st.integers(0, 20), min_size=4, max_size=4),
     st.integers(1, 30),
     st.integers(1, 20_000),
@@ -136,6 +210,15 @@ def test_only_what_the_broker_is_known_to_have_is_waited_for() -> None:
     intake.add(ONE, records(ONE, 3, 2))
     assert not intake.lacking({ONE: 9, TWO: 1}), "there are enough to go on with"
     assert intake.lacking({ONE: 5, TWO: 1, THREE: None})
+    intake.give_up({THREE})
+    assert not intake.lacking({ONE: 5, TWO: 1, THREE: None}), "it was waited for in vain"
+    intake.add(THREE, records(THREE, 1))
+    intake.take(9, PLENTY)
+    assert intake.lacking({ONE: 5, TWO: 1, THREE: 9}) == {THREE}
+    few = Intake(100, PLENTY)
+    few.add(ONE, records(ONE, 10))
+    assert few.lacking({ONE: 99, TWO: None}) == {ONE}
+    assert few.lacking({ONE: 100, TWO: None}) == {ONE, TWO}, "a batch's worth is known of"
     large = Intake(3, 4000)
     large.add(ONE, [KafkaRecord(ONE.topic, ONE.partition, 0, bytes(2000))])
     assert not large.lacking({ONE: 9, TWO: 0}), "it is full already"

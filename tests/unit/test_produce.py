@@ -1,3 +1,4 @@
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,11 +28,20 @@ class FakeService:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self.stopping = False
+        self._stopped_at = math.inf
         self.told: list[str] = []
 
     def wait(self, seconds: float) -> bool:
         self._clock.now += max(0.0, seconds)
         return self.stopping
+
+    def stopping_for(self) -> float:
+        if self.stopping:
+            self._stopped_at = min(self._stopped_at, self._clock.now)
+        return max(0.0, self._clock.now - self._stopped_at)
+
+    def left(self, at_most: float) -> float:
+        return at_most
 
     def alive(self) -> None:
         self.told.append("alive")
@@ -92,7 +102,8 @@ class FakeSender:
             while True:
                 alive()
 
-    def close(self) -> None:
+    def close(self, timeout: float) -> None:
+        assert timeout > 0
         self.closed = True
 
 

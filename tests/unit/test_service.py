@@ -10,11 +10,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from iot_pipeline.service import Log, Notifier, Service, _RepeatFilter, set_up_logging
+from iot_pipeline.service import (
+    LAST_SECONDS,
+    STOP_SECONDS,
+    Log,
+    Notifier,
+    Service,
+    _RepeatFilter,
+    set_up_logging,
+)
 from iot_pipeline.settings import StoreSettings
 
 
@@ -112,6 +121,84 @@ def test_without_systemd_nobody_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     notifier = Notifier()
     notifier.send("READY=1")
     notifier.close()
+
+
+@pytest.fixture
+def deaf_systemd(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Service, socket.socket]]:
+    """A service, and a socket of systemd's that takes nothing more until it is read."""
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("WATCHDOG_USEC", "60000000")
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as noise,
+    ):
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.setblocking(False)
+        noise.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                noise.sendto(b"noise", str(tmp_path / "notify"))
+        service = Service(StoreSettings())
+        yield service, systemd
+        service._notifier.close()
+
+
+def heard(systemd: socket.socket) -> list[str]:
+    lines: list[str] = []
+    with suppress(BlockingIOError):
+        while True:
+            lines += systemd.recv(4096).decode().split("\n")
+    return [line for line in lines if line != "noise"]
+
+
+def test_what_systemd_did_not_take_is_said_again(
+    deaf_systemd: tuple[Service, socket.socket],
+) -> None:
+    service, systemd = deaf_systemd
+    service.ready("working")
+    service.status("working well")
+    service.alive()
+    assert heard(systemd) == []
+    service.alive()
+    assert heard(systemd) == ["READY=1", "STATUS=working well", "WATCHDOG=1"]
+    service.alive()
+    service.status("working")
+    assert heard(systemd) == ["STATUS=working"]
+
+
+def test_only_a_sign_of_life_feeds_the_watchdog(
+    deaf_systemd: tuple[Service, socket.socket],
+) -> None:
+    service, systemd = deaf_systemd
+    service.alive()
+    heard(systemd)
+    service.status("hanging")
+    assert heard(systemd) == ["STATUS=hanging"]
+
+
+def test_a_status_is_one_line(deaf_systemd: tuple[Service, socket.socket]) -> None:
+    service, systemd = deaf_systemd
+    heard(systemd)
+    service.status("it says\nREADY=1")
+    assert heard(systemd) == ["STATUS=it says READY=1"]
+
+
+def test_all_that_comes_at_the_end_shares_one_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service(StoreSettings())
+    assert service.stopping_for() == 0
+    assert service.left(600) == 600
+    service.stop()
+    assert service.left(5) == 5
+    assert service.left(600) <= STOP_SECONDS
+    time.sleep(0.01)
+    before = service.stopping_for()
+    service.stop()
+    assert service.stopping_for() >= before > 0, "a second signal gives no more time"
+    monkeypatch.setattr("iot_pipeline.service.STOP_SECONDS", 0.0)
+    assert service.left(5) == LAST_SECONDS
+    service._notifier.close()
 
 
 def test_waiting_ends_at_once_when_asked_to_stop() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -28,7 +29,8 @@ from kafka.errors import (
 )
 from kafka.structs import MemberState, OffsetAndMetadata, TopicPartition
 
-from iot_pipeline import metrics, worker
+from iot_pipeline import metrics, produce, worker
+from iot_pipeline import service as service_module
 from iot_pipeline.dead_letters import DeadLetterLimit
 from iot_pipeline.errors import (
     ConfigError,
@@ -42,10 +44,12 @@ from iot_pipeline.pipeline import MAX_IN_FLIGHT, Beat
 from iot_pipeline.schema import DeadLetter, Record
 from iot_pipeline.service import Service
 from iot_pipeline.settings import InferSettings
+from iot_pipeline.stores import mongodb
 from iot_pipeline.worker import Membership, Worker
 
 ONE = TopicPartition("iot-topic", 0)
 TWO = TopicPartition("iot-topic", 1)
+ROOT = Path(__file__).parents[2]
 FETCHED = 3  # records of a partition that come at once
 
 
@@ -89,6 +93,7 @@ class FakeConsumer:
         self.positions: dict[TopicPartition, int] = {}
         self.paused_partitions: set[TopicPartition] = set()
         self.hidden: set[TopicPartition] = set()
+        self.unknown: set[TopicPartition] = set()
         self.give_up_at = time.monotonic() + 10
         self.committed: dict[TopicPartition, int] = {}
         self.commit_errors: list[Exception] = []
@@ -160,7 +165,7 @@ class FakeConsumer:
         self.state = MemberState.STABLE
 
     def highwater(self, partition: TopicPartition) -> int | None:
-        return len(self.partitions[partition])
+        return None if partition in self.unknown else len(self.partitions[partition])
 
     def paused(self) -> set[TopicPartition]:
         return set(self.paused_partitions)
@@ -176,7 +181,7 @@ class FakeConsumer:
     def close(self, autocommit: bool, timeout_ms: int) -> None:
         assert not autocommit
         assert timeout_ms > 0
-        self.log.add("close")
+        self.log.add("close", timeout_ms)
 
 
 class FakeSender:
@@ -221,6 +226,7 @@ class FakeStage:
     def __init__(self, log: Log) -> None:
         self.log = log
         self.errors: list[Exception] = []
+        self.beat: Beat
         self.on_handle: list[Callable[[], None]] = []
         self.on_deliver: list[Callable[[], None]] = []
 
@@ -230,7 +236,8 @@ class FakeStage:
             raise InvalidMessage(Reason.INVALID_JSON, "not JSON")
         return record.value
 
-    def handle(self, items: Sequence[bytes]) -> list[bytes]:
+    def handle(self, items: Sequence[bytes], beat: Beat) -> list[bytes]:
+        self.beat = beat
         self.log.add("handle", list(items))
         if self.on_handle:
             self.on_handle.pop(0)()
@@ -261,15 +268,17 @@ class Rig:
     stage: FakeStage
     settings: InferSettings
 
-    def run(self) -> None:
-        Worker(
+    def run(self) -> DeadLetterLimit:
+        worker = Worker(
             self.stage,
             self.settings,
             self.service,
             self.consumer,
             self.sender,  # type: ignore[arg-type] # only what the loop uses of it
             self.membership,
-        ).run()
+        )
+        worker.run()
+        return worker._pipeline._limit
 
 
 @pytest.fixture
@@ -365,6 +374,40 @@ def test_a_batch_whose_partitions_are_all_revoked_is_dropped(rig: Rig) -> None:
     assert rig.consumer.committed == {}
 
 
+def test_a_sink_is_up_once_it_takes_something_and_not_before(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A batch that was given up says nothing of the sink, nor does one that it need not take."""
+    rig.settings = replace(rig.settings, max_batch_size=1)
+    rig.consumer.add(ONE, b"a")
+    rig.consumer.add(TWO)
+    rig.stage.errors = [SinkUnavailable("down")] * 1_000_000
+    seen: list[tuple[float, bool]] = []
+
+    def look() -> None:
+        seen.append((metrics.SINK_UP._value.get(), "sink up" in caplog.text))
+
+    def recover() -> None:
+        look()
+        rig.stage.errors = []
+
+    def lose_it() -> None:
+        rig.consumer.revoke(ONE)
+        rig.consumer.add(TWO, b"bad", b"b", b"c")
+
+    rig.stage.on_deliver = [
+        lambda: rig.consumer.on_poll.append(lose_it),
+        *[lambda: None if rig.consumer.assignment() == {ONE, TWO} else recover()] * 1000,
+    ]
+    with caplog.at_level("INFO", "iot_pipeline"):
+        rig.run()
+        look()
+    assert [value for _, value, _ in rig.log.named("buried")] == [b"bad"]
+    assert rig.consumer.committed == {TWO: 3}
+    assert (seen[0], seen[-1]) == ((0, False), (1, True))
+    assert caplog.text.count("sink up") == 1
+
+
 def test_an_offset_is_not_committed_for_a_partition_that_is_gone(rig: Rig) -> None:
     rig.consumer.add(ONE, b"a")
     rig.consumer.add(TWO, b"b")
@@ -414,6 +457,40 @@ def test_stopping_during_an_outage_commits_only_what_was_done(rig: Rig) -> None:
     rig.run()
     assert rig.log.named("written") == [[b"a"]]
     assert rig.consumer.committed == {ONE: 1}
+
+
+def test_what_hangs_at_the_end_is_not_waited_for_beyond_the_deadline(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "STOP_SECONDS", 0.5)
+    monkeypatch.setattr(worker, "COMMIT_RESERVE_SECONDS", 0.3)
+    rig.settings = replace(rig.settings, max_batch_size=1)
+    rig.consumer.add(ONE, b"a", b"b")
+    over = threading.Event()
+
+    def hang() -> None:
+        rig.service.stop()
+        over.wait(10)
+
+    rig.stage.on_deliver = [lambda: None, hang]
+    try:
+        rig.run()
+        assert not over.is_set()
+    finally:
+        over.set()
+    assert rig.consumer.committed == {ONE: 1}
+    # All that was left, for leaving the group.
+    assert rig.log.named("close") == [int(service_module.LAST_SECONDS * 1000)]
+
+
+def test_the_end_fits_into_what_systemd_allows() -> None:
+    unit = (ROOT / "roles/pipeline_app/templates/service.j2").read_text()
+    allowed = int(unit.partition("TimeoutStopSec=")[2].split()[0])
+    # A sender takes its time twice where the broker does not answer; one poll may be under way.
+    most = max(worker.CLOSE_TIMEOUT_SECONDS, produce.CLOSE_TIMEOUT) + mongodb.CLOSE_SECONDS
+    assert service_module.STOP_SECONDS + most + worker.POLL_SECONDS < allowed
+    assert produce.LAST_CHANCE < service_module.STOP_SECONDS
+    assert worker.COMMIT_RESERVE_SECONDS < service_module.STOP_SECONDS
 
 
 def test_decoding_runs_ahead_of_the_model(rig: Rig) -> None:
@@ -511,6 +588,50 @@ def test_a_batch_does_not_wait_longer_than_set(rig: Rig) -> None:
     assert rig.log.named("written") == [[b"a", b"b"], [b"c"], [b"d"]]
 
 
+def test_a_backlog_of_two_topics_waits_until_they_are_in_step(rig: Rig) -> None:
+    rig.settings = replace(rig.settings, max_batch_delay=0.0, max_batch_size=4)
+    images, predictions = ONE, TopicPartition("iot-predictions", 0)
+    rig.stage.topics = ("iot-topic", "iot-predictions")
+    rig.consumer.add(images, b"1", b"2", b"3", b"4", b"5", b"6")
+    rig.consumer.add(predictions, b"a", b"b", b"c", b"d", b"e", b"f")
+    rig.consumer.unknown = {images}
+    rig.consumer.hidden = {images}
+
+    def show() -> None:
+        rig.consumer.hidden.clear()
+        rig.consumer.unknown.clear()
+
+    rig.consumer.on_poll = [*[lambda: None] * 20, show]
+    rig.run()
+    written = [value for batch in rig.log.named("written") for value in batch]
+    assert sorted(written[:4]) == [b"1", b"2", b"a", b"b"]
+    assert sorted(written[4:8]) == [b"3", b"4", b"c", b"d"]
+
+
+def test_a_partition_that_does_not_come_is_waited_for_once(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(worker, "STEP_SECONDS", 0.05)
+    rig.settings = replace(rig.settings, max_batch_delay=0.0, max_batch_size=2)
+    lost, there = ONE, TopicPartition("iot-predictions", 0)
+    rig.stage.topics = ("iot-topic", "iot-predictions")
+    rig.consumer.add(lost, b"1")
+    rig.consumer.unknown = rig.consumer.hidden = {lost}
+    values = [b"%d" % number for number in range(20)]
+    rig.consumer.add(there, *values)
+    decode = rig.stage.decode
+
+    def stop_at_the_last(record: Record) -> bytes:
+        if record.value == values[-1]:
+            rig.service.stop()
+        return decode(record)
+
+    rig.stage.decode = stop_at_the_last  # type: ignore[method-assign] # to know when
+    rig.run()
+    assert [value for batch in rig.log.named("written") for value in batch] == values
+    assert caplog.text.count("partitions overdue partitions=iot-topic-0") == 1
+
+
 def test_a_commit_that_fails_is_tried_again(rig: Rig) -> None:
     rig.consumer.add(ONE, b"a")
     rig.consumer.commit_errors = [KafkaTimeoutError(), CommitFailedError()]
@@ -574,6 +695,32 @@ def test_too_many_bad_records_in_a_row_stop_the_service_uncommitted(rig: Rig) ->
         rig.run()
     assert rig.consumer.committed == {}
     assert rig.log.names()[-1] == "close"
+
+
+@pytest.mark.parametrize("value", [b"bad", b"refused by sink"])
+def test_records_that_come_alone_are_too_many_in_the_end(rig: Rig, value: bytes) -> None:
+    rig.settings = replace(rig.settings, max_batch_size=1, max_consecutive_dead_letters=30)
+    rig.consumer.add(ONE, b"a", *[value] * 60)
+    with pytest.raises(TooManyDeadLetters, match="30 records in a row"):
+        rig.run()
+    assert rig.consumer.committed[ONE] <= 30
+
+
+def test_a_record_counts_once_however_often_its_batch_is_delivered(rig: Rig) -> None:
+    rig.consumer.add(ONE, b"a", b"bad", b"refused by sink")
+    rig.stage.errors = [SinkUnavailable("down")] * 3
+    rig.sender.errors = [SinkUnavailable("broker down")] * 3
+    limit = rig.run()
+    assert list(limit._window) == [False, True, True]
+    assert len(rig.log.named("buried")) == 2
+
+
+def test_a_batch_that_is_given_up_counts_for_nothing(rig: Rig) -> None:
+    rig.consumer.add(ONE, b"a", b"bad")
+    rig.consumer.add(TWO)
+    rig.stage.errors = [SinkUnavailable("down")] * 1_000_000
+    rig.consumer.on_poll = [lambda: None, lambda: rig.consumer.revoke(ONE)]
+    assert not rig.run()._window
 
 
 def test_the_dead_letter_limit_counts_a_row() -> None:
@@ -663,22 +810,37 @@ def test_lag_and_age_are_measured(rig: Rig) -> None:
 
 
 class Systemd:
-    """Stands at the other end of NOTIFY_SOCKET."""
+    """Stands at the other end of NOTIFY_SOCKET, and reads all the while: it holds few messages."""
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(path))
         self._socket.setblocking(False)
+        self._lock = threading.Lock()
+        self._lines: list[str] = []
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._listen)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        while not self._closed.wait(0.001):
+            self._read()
+
+    def _read(self) -> None:
+        with self._lock, contextlib.suppress(BlockingIOError):
+            while True:
+                self._lines += self._socket.recv(4096).decode().split("\n")
 
     def heard(self) -> list[str]:
-        lines: list[str] = []
-        while True:
-            try:
-                lines += self._socket.recv(4096).decode().split("\n")
-            except BlockingIOError:
-                return lines
+        """What was said since the last call."""
+        self._read()
+        with self._lock:
+            lines, self._lines = self._lines, []
+            return lines
 
     def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
         self._socket.close()
 
 
@@ -776,6 +938,38 @@ def test_the_watchdog_goes_hungry_when_the_stage_hangs(
     assert "WATCHDOG=1" in heard[0]
     assert "WATCHDOG=1" not in heard[1]
     assert rig.log.named("written") == [[b"a"]]
+
+
+@pytest.mark.parametrize("thread", ["decode", "handle"])
+def test_long_work_with_signs_of_life_is_not_taken_for_hung(
+    systemd: Systemd, rig: Rig, monkeypatch: pytest.MonkeyPatch, thread: str
+) -> None:
+    monkeypatch.setattr(worker, "SILENCE_SECONDS", 0.2)
+    rig.consumer.add(ONE, b"a", b"b", b"c")
+    heard: list[str] = []
+
+    def work(beat: Beat) -> None:
+        for _ in range(30):
+            heard.clear()
+            beat()
+            time.sleep(0.02)
+            heard.extend(systemd.heard())
+
+    def slow(record: Record) -> bytes:
+        for _ in range(20):
+            time.sleep(0.01)
+            heard.extend(systemd.heard())
+        if record.value == b"b":
+            heard.clear()
+        return record.value or b""
+
+    if thread == "handle":
+        rig.stage.on_handle = [lambda: work(rig.stage.beat)]
+    else:
+        rig.stage.decode = slow  # type: ignore[method-assign]
+    rig.run()
+    assert "WATCHDOG=1" in heard
+    assert rig.log.named("written") == [[b"a", b"b", b"c"]]
 
 
 def test_the_outage_shows_in_the_status(systemd: Systemd, rig: Rig) -> None:

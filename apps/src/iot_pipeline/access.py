@@ -38,6 +38,8 @@ from iot_pipeline.passwords import PasswordFile
 from iot_pipeline.settings import Settings
 
 PROBE_SECONDS = 5.0
+# No further broker is asked after this: whoever asks gives no sign of life meanwhile.
+PROBES_SECONDS = 15.0
 
 
 class _WithPasswordFile(SaslMechanism):  # type: ignore[misc] # it has no types
@@ -143,9 +145,12 @@ def find_problem(settings: Settings) -> str:
     Raises:
         ConfigError: IOT_BOOTSTRAP_SERVERS is no list of servers.
     """
-    problems = []
+    problems: list[str] = []
+    until = time.monotonic() + PROBES_SECONDS
     for server in settings.bootstrap_servers.split(","):
         host, port = split_address(server)
+        if time.monotonic() >= until:
+            break
         problem = _problem_of(host, port, settings)
         if not problem:
             return ""
@@ -294,7 +299,7 @@ class _Knock:
         self._options = options
         self._sock = sock
         self._until = time.monotonic() + PROBE_SECONDS
-        self._parser = KafkaProtocol(client_id=f"{settings.SERVICE}-{socket.gethostname()}")
+        self._parser = KafkaProtocol(client_id=settings.client_id)
 
     def come_in(self) -> None:
         """Ask what versions the broker speaks, say who we are, and ask for its cluster.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -26,6 +27,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # Pillow's own limit only warns at first, and its warnings cannot be silenced in one thread alone.
 # `open_image` has a limit that refuses.
 Image.MAX_IMAGE_PIXELS = None
+
+# How long the model may work without a sign of life, in seconds: far below what passes for hung.
+CHUNK_SECONDS = 5.0
+# Images in the first chunk. How many the model does in that time shows only then.
+FIRST_CHUNK = 8
 
 # Above this many images at once, a log line for each is too much.
 LOGGED_ONE_BY_ONE = 10
@@ -112,6 +118,7 @@ class InferStage:
         self._settings = settings
         self._classifier = classifier
         self._sender = sender
+        self._at_once = FIRST_CHUNK
         self.topics: Sequence[str] = (settings.image_topic,)
         self.sink = settings.prediction_topic
 
@@ -122,9 +129,16 @@ class InferStage:
         # Only the pixels that the model looks at wait in memory, however large the image was.
         return DecodedImage(message.id, message.produced_at, self._classifier.prepare(image))
 
-    def handle(self, items: Sequence[DecodedImage]) -> list[PredictionMessage]:
-        """Classify."""
-        predictions = self._classifier.predict([item.pixels for item in items])
+    def handle(self, items: Sequence[DecodedImage], beat: Beat) -> list[PredictionMessage]:
+        """Classify, as many at once as the model does within a few seconds."""
+        predictions: list[_Prediction] = []
+        while len(predictions) < len(items):
+            beat()
+            started = time.monotonic()
+            chunk = items[len(predictions) :][: self._at_once]
+            predictions += self._classifier.predict([item.pixels for item in chunk])
+            rate = len(chunk) / max(time.monotonic() - started, 1e-9)
+            self._at_once = max(1, min(2 * self._at_once, int(CHUNK_SECONDS * rate)))
         inferred_at = now()
         messages = [
             PredictionMessage(

@@ -10,7 +10,6 @@ A producer's use::
 from __future__ import annotations
 
 import random
-import socket
 import struct
 import time
 from collections import deque
@@ -103,7 +102,7 @@ def client_options(settings: Settings) -> dict[str, Any]:
     return {
         **security_options(settings),
         "bootstrap_servers": settings.bootstrap_servers.split(","),
-        "client_id": f"{settings.SERVICE}-{socket.gethostname()}",
+        "client_id": settings.client_id,
         "request_timeout_ms": REQUEST_TIMEOUT_MS,
         "bootstrap_timeout_ms": REQUEST_TIMEOUT_MS,
         # Whoever waits for a broker that is gone asks the others for its successor only between

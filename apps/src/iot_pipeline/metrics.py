@@ -63,7 +63,7 @@ LAG = Gauge(
 # outage of the sink even when no new records arrive, where lag does not.
 OLDEST_SECONDS = Gauge("iot_oldest_unhandled_seconds", "Age of the oldest record in hand")
 
-# 1 while the sink takes writes, 0 while the service waits for it.
+# 0 from the first write that the sink misses to the next one that it takes, 1 otherwise.
 SINK_UP = Gauge("iot_sink_up", "Whether the sink takes writes")
 
 

@@ -33,7 +33,6 @@ log = Log("pipeline")
 
 # One batch with each thread, and one decoded in advance.
 MAX_IN_FLIGHT = 4
-JOIN_SECONDS = 5.0
 BEAT_SECONDS = 1.0
 
 ItemT = TypeVar("ItemT")
@@ -60,7 +59,7 @@ class Stage(Protocol[ItemT, ResultT]):
         """
         ...
 
-    def handle(self, items: Sequence[ItemT]) -> ResultT:
+    def handle(self, items: Sequence[ItemT], beat: Beat) -> ResultT:
         """Do the work for decoded records that needs no other service."""
         ...
 
@@ -139,6 +138,7 @@ class Pipeline(Generic[ItemT, ResultT]):
         # Decoded, but one too many for the batch in hand.
         self._held: Batch[ItemT, ResultT] | None = None
         self._closing = threading.Event()
+        self._down_since = 0.0
         self._error: BaseException | None = None
         # When each thread last showed a sign of life; without an entry it has nothing to do.
         self._beats: dict[str, float] = {}
@@ -192,14 +192,19 @@ class Pipeline(Generic[ItemT, ResultT]):
         """Seconds since the busiest thread showed a sign of life; 0 when all are idle."""
         return max((time.monotonic() - beat for beat in self._beats.copy().values()), default=0.0)
 
-    def close(self) -> None:
-        """End the threads. What is not finished is left as it is."""
+    def close(self, timeout: float) -> None:
+        """End the threads. What is not finished is left as it is.
+
+        Args:
+            timeout: the seconds that all of them together may take for what they are at.
+        """
+        until = time.monotonic() + timeout
         self._closing.set()
         for queue in (self._to_decode, self._to_handle, self._to_deliver):
             queue.put(None)
         for thread in self._threads:
             if thread.is_alive():
-                thread.join(JOIN_SECONDS)
+                thread.join(max(0.0, until - time.monotonic()))
 
     def _run(self, work: Callable[[], bool]) -> None:
         name = threading.current_thread().name
@@ -222,6 +227,7 @@ class Pipeline(Generic[ItemT, ResultT]):
         for topic, count in Counter(record.topic for record in batch.records).items():
             metrics.RECORDS_IN.labels(topic).inc(count)
         for record in batch.records:
+            self._beat()
             try:
                 batch.outcomes.append(self._stage.decode(record))
             except InvalidMessage as error:
@@ -241,7 +247,7 @@ class Pipeline(Generic[ItemT, ResultT]):
         items = batch.items()
         if items:
             started = time.monotonic()
-            batch.result = self._stage.handle(items)
+            batch.result = self._stage.handle(items, self._beat)
             metrics.HANDLE_SECONDS.observe(time.monotonic() - started)
         self._to_deliver.put(batch)
         return True
@@ -265,41 +271,56 @@ class Pipeline(Generic[ItemT, ResultT]):
         if batch is None:
             return False
         self._beat()
-        refused = self._refused(batch.records, batch.outcomes)
+        delivered = missed = False
+        refused: list[tuple[Record, InvalidMessage]] = []
         backoff = Backoff()
-        down_since = 0.0
-        result = batch.result
         while not batch.abandoned():
             try:
-                if result is not None:
-                    refused += self._deliver(batch, result)
-                    result = None
+                if not delivered:
+                    self._deliver(batch)
+                    delivered = True
+                    refused = self._refused(batch)
                 while refused:
                     bury(self._sender, self._settings, *refused[0], self._beat)
                     del refused[0]
             except SinkUnavailable as error:
-                down_since = down_since or time.monotonic()
+                missed = True
                 self._wait_for_sink(batch, error, backoff.next())
                 if self._closing.is_set():
                     return False
             else:
+                # A batch that is given up, or has nothing for the sink, tells nothing about it.
+                if missed or batch.result is not None:
+                    self._sink_is_up()
                 break
-        if down_since:
-            self._sink_is_up(time.monotonic() - down_since)
         self._done.append(batch)
         self.progress.set()
         return True
 
-    def _refused(
-        self, records: Sequence[Record], outcomes: Sequence[ItemT | InvalidMessage]
-    ) -> list[tuple[Record, InvalidMessage]]:
-        """Pick out the records to bury, counting all of them.
+    def _deliver(self, batch: Batch[ItemT, ResultT]) -> None:
+        """Deliver a batch's result, and note what the sink refuses for good."""
+        if batch.result is None:
+            return
+        started = time.monotonic()
+        refused = self._stage.deliver(batch.result, self._beat)
+        metrics.SINK_SECONDS.observe(time.monotonic() - started)
+        good = [
+            place
+            for place, outcome in enumerate(batch.outcomes)
+            if not isinstance(outcome, InvalidMessage)
+        ]
+        metrics.RECORDS_OUT.labels(self._stage.sink).inc(len(good) - len(refused))
+        for place, error in refused.items():
+            batch.outcomes[good[place]] = error
+
+    def _refused(self, batch: Batch[ItemT, ResultT]) -> list[tuple[Record, InvalidMessage]]:
+        """Pick out the records to bury, counting all of them: each one's fate is known by now.
 
         Raises:
             TooManyDeadLetters: it is one too many.
         """
         refused = []
-        for record, outcome in zip(records, outcomes, strict=True):
+        for record, outcome in zip(batch.records, batch.outcomes, strict=True):
             if isinstance(outcome, InvalidMessage):
                 refused.append((record, outcome))
                 metrics.DEAD_LETTERS.labels(outcome.reason.value).inc()
@@ -314,28 +335,13 @@ class Pipeline(Generic[ItemT, ResultT]):
             self._limit.count(refused=isinstance(outcome, InvalidMessage))
         return refused
 
-    def _deliver(
-        self, batch: Batch[ItemT, ResultT], result: ResultT
-    ) -> list[tuple[Record, InvalidMessage]]:
-        """Deliver a batch's result. Returns what the sink refuses for good."""
-        started = time.monotonic()
-        refused = self._stage.deliver(result, self._beat)
-        metrics.SINK_SECONDS.observe(time.monotonic() - started)
-        good = [
-            record
-            for record, outcome in zip(batch.records, batch.outcomes, strict=True)
-            if not isinstance(outcome, InvalidMessage)
-        ]
-        metrics.RECORDS_OUT.labels(self._stage.sink).inc(len(good) - len(refused))
-        places = sorted(refused)
-        return self._refused([good[place] for place in places], [refused[p] for p in places])
-
     def _wait_for_sink(
         self, batch: Batch[ItemT, ResultT], error: SinkUnavailable, seconds: float
     ) -> None:
         metrics.SINK_FAILURES.labels(self._stage.sink).inc()
         metrics.SINK_UP.set(0)
         log.warning("sink down", sink=self._stage.sink, error=error, retry_seconds=seconds)
+        self._down_since = self._down_since or time.monotonic()
         self.outage = error
         self.progress.set()
         until = time.monotonic() + seconds
@@ -345,7 +351,11 @@ class Pipeline(Generic[ItemT, ResultT]):
             if left <= 0 or self._closing.wait(min(left, BEAT_SECONDS)):
                 return
 
-    def _sink_is_up(self, seconds: float) -> None:
+    def _sink_is_up(self) -> None:
         metrics.SINK_UP.set(1)
+        if self.outage is None:
+            return
         self.outage = None
+        seconds = time.monotonic() - self._down_since
+        self._down_since = 0.0
         log.info("sink up", sink=self._stage.sink, down_seconds=seconds)

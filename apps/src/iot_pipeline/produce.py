@@ -29,7 +29,8 @@ from iot_pipeline.sources import Image, Source, open_source
 log = Log("produce")
 
 PATIENCE = 5.0  # seconds until a missing confirmation is worth a warning, and between warnings
-LAST_CHANCE = 10.0  # seconds that images on their way have left when the service is asked to stop
+LAST_CHANCE = 10.0  # seconds from SIGTERM on that images on their way have left
+CLOSE_TIMEOUT = 5.0  # seconds
 LINE_INTERVAL = 0.1  # seconds; below it images are logged in sums, every SUM_INTERVAL
 SUM_INTERVAL = 5.0  # seconds
 
@@ -115,7 +116,7 @@ def _produce(settings: ProduceSettings, service: Service, source: Source) -> Exi
             return Exit.UNREACHABLE
         finally:
             service.leaving("closing the connection to the broker")
-            sender.close()
+            sender.close(service.left(CLOSE_TIMEOUT))
             delivery.log_total()
     return Exit.FAILED if delivery.refused else Exit.OK
 
@@ -176,7 +177,6 @@ class _Delivery:
         self._backoff = Backoff()
         self._waiting: dict[bytes | None, _Record] = {}  # by key, in the order of the images
         self._waiting_bytes = 0
-        self._end: float | None = None
         self._started = self._summed_at = self._settled_at = time.monotonic()
         self._warn_at = self._started + PATIENCE
         self._last_taken: _Record | None = None
@@ -334,11 +334,9 @@ class _Delivery:
             self._warn_at = moment + PATIENCE
         elif moment >= self._warn_at:
             self._missing(find_problem(self._settings) or "no confirmation yet")
-        if self._service.stopping:
-            self._end = self._end or moment + LAST_CHANCE
-            if moment >= self._end:
-                log.error("images not confirmed at the end", **self._first_waiting())
-                raise _StoppedError
+        if self._service.stopping_for() >= LAST_CHANCE:
+            log.error("images not confirmed at the end", **self._first_waiting())
+            raise _StoppedError
 
     def _missing(self, problem: str, **values: float) -> None:
         """Say that the broker did not take the images yet."""

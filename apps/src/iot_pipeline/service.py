@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -39,6 +40,14 @@ _JOURNAL_PRIORITIES = {
 
 
 STARTING_EVERY = 5.0  # seconds between two words to systemd that a long start goes on
+
+# From a word that systemd did not take to the next attempt, while nothing else is done.
+NOTIFY_AGAIN_SECONDS = 1.0
+
+# From SIGTERM to the end, all told. The unit's TimeoutStopSec is 45: then systemd kills.
+STOP_SECONDS = 30.0
+# Whatever comes at the end gets so long even when it comes too late.
+LAST_SECONDS = 0.1
 
 
 class Log:
@@ -151,16 +160,38 @@ class Notifier:
         # An @ stands for the null byte that begins an abstract socket's name.
         self._address = f"\0{address[1:]}" if address.startswith("@") else address
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        self._socket.settimeout(1.0)
+        # With a time limit Python would spin: such a socket always passes for one that takes more.
+        self._socket.setblocking(False)
+        # What could not be said yet, by name.
+        self._unsaid: dict[str, str] = {}
 
     def send(self, *lines: str) -> None:
-        """Send assignments such as `READY=1`."""
-        if not self._address:
-            return
-        try:
-            self._socket.sendto("\n".join(lines).encode(), self._address)
-        except OSError as error:
-            logging.getLogger("iot_pipeline.service").warning("notify failed: %s", error)
+        """Send assignments such as `READY=1`, or keep them for the next time where that fails.
+
+        systemd reads late on a busy host, and its socket holds few messages. What is kept goes with
+        whatever is sent next.
+        """
+        for line in lines:
+            name, _, value = line.replace("\n", " ").partition("=")
+            self._unsaid[name] = value
+        self.send_kept()
+
+    def send_kept(self, *lines: str) -> bool:
+        """Send what is kept, if anything is, together with assignments that are not kept.
+
+        Returns:
+            Whether nothing is left to say.
+        """
+        kept = (f"{name}={value}" for name, value in self._unsaid.items())
+        message = "\n".join((*kept, *lines)).encode()
+        if message and self._address:
+            try:
+                self._socket.sendto(message, self._address)
+            except OSError as error:
+                logging.getLogger("iot_pipeline.service").debug("notify failed: %s", error)
+                return False
+        self._unsaid.clear()
+        return True
 
     def close(self) -> None:
         """Give the socket back."""
@@ -175,6 +206,7 @@ class Service:
         self._log = Log("service")
         self._notifier = Notifier()
         self._stop = threading.Event()
+        self._stopped_at = math.inf
         self._ready = False
         # Twice in each period, as sd_watchdog_enabled(3) advises.
         self._alive_every = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
@@ -206,7 +238,7 @@ class Service:
                 error.logged = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        self._stop.set()
+        self.stop()
         # For a person at the keyboard: a second Ctrl-C ends at once.
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -217,7 +249,23 @@ class Service:
 
     def stop(self) -> None:
         """Do as SIGTERM does."""
+        self._stopped_at = min(self._stopped_at, time.monotonic())
         self._stop.set()
+
+    def stopping_for(self) -> float:
+        """Seconds since SIGTERM or SIGINT has arrived; 0 before."""
+        return max(0.0, time.monotonic() - self._stopped_at)
+
+    def left(self, at_most: float) -> float:
+        """The seconds that something may take which the end waits for.
+
+        All that comes after SIGTERM shares one deadline, however much of it there is.
+
+        Args:
+            at_most: seconds that it may take in any case; not a second more when there is time.
+        """
+        until = self._stopped_at + STOP_SECONDS
+        return max(LAST_SECONDS, min(at_most, until - time.monotonic()))
 
     def wait(self, seconds: float) -> bool:
         """Sleep, but wake at once when asked to stop, and tell systemd all the while we live.
@@ -231,7 +279,7 @@ class Service:
             left = until - time.monotonic()
             if left <= 0:
                 break
-            self._stop.wait(min(left, self._alive_every or left))
+            self._stop.wait(min(left, self._alive_every or left, NOTIFY_AGAIN_SECONDS))
         return self.stopping
 
     def starting(self, status: str) -> None:
@@ -267,6 +315,7 @@ class Service:
     def alive(self) -> None:
         """Feed the watchdog. Call it from the loop itself, or it proves nothing."""
         moment = time.monotonic()
-        if self._alive_every and moment - self._alive_at >= self._alive_every:
+        if not self._alive_every or moment - self._alive_at < self._alive_every:
+            self._notifier.send_kept()
+        elif self._notifier.send_kept("WATCHDOG=1"):
             self._alive_at = moment
-            self._notifier.send("WATCHDOG=1")

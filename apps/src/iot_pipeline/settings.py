@@ -164,6 +164,16 @@ class Settings(CommandSettings):
             return f"the user of {self.tls_certificate_file}"
         return "a client without user and certificate"
 
+    @property
+    def instance(self) -> str:
+        """Which of several that do the same this is."""
+        return socket.gethostname()
+
+    @property
+    def client_id(self) -> str:
+        """What the brokers' logs and tools call our connections."""
+        return f"{self.SERVICE}-{self.instance}"
+
     def __post_init__(self) -> None:
         """Check what secures the connections to Kafka.
 
@@ -265,6 +275,11 @@ class ProduceSettings(Settings):
         socket.gethostname, "name of this device in its messages", required=True, metavar="NAME"
     )
 
+    @property
+    def instance(self) -> str:
+        """Which of several that do the same this is."""
+        return self.source_name
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConsumerSettings(Settings):
@@ -298,6 +313,11 @@ class ConsumerSettings(Settings):
         minimum=0,
         maximum=1,
     )
+
+    @property
+    def instance(self) -> str:
+        """Which of several that do the same this is."""
+        return self.group_instance_id or super().instance
 
 
 def _model_cache() -> str:

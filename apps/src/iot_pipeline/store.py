@@ -52,10 +52,11 @@ class StoreStage:
             return document(decode_record(PredictionMessage, record, limit))
         return document(decode_record(ImageMessage, record, limit))
 
-    def handle(self, items: Sequence[Document]) -> MergedBatch:
+    def handle(self, items: Sequence[Document], beat: Beat) -> MergedBatch:
         """Merge messages of the same image, so that it is written once where both are at hand."""
         documents: dict[str, Document] = {}
         for state in items:
+            beat()
             identifier = state["_id"]
             known = documents.get(identifier)
             documents[identifier] = state if known is None else merge(known, state)

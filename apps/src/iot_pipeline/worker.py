@@ -55,11 +55,18 @@ BUSY_POLL_SECONDS = 0.02
 # partition was paused and resumed. A fetch is bounded: see `kafka.make_consumer`.
 ALL_THAT_WAS_FETCHED = 2**31
 COMMIT_TIMEOUT_SECONDS = 10.0
-CLOSE_TIMEOUT_SECONDS = 5.0
-# What is in hand on SIGTERM gets so long. systemd allows 45 seconds in all.
+# What is in hand on SIGTERM gets so long; see `Service.left` for all that comes at the end.
 DRAIN_SECONDS = 20.0
+# Of the time from SIGTERM on, what the drain leaves for committing what it has finished.
+COMMIT_RESERVE_SECONDS = 10.0
+JOIN_SECONDS = 5.0
+CLOSE_TIMEOUT_SECONDS = 5.0
 # A thread of the stage that is silent for longer is taken for hung: the watchdog then goes hungry.
 SILENCE_SECONDS = 30.0
+
+# A backlog waits so long for the records of a partition that the others are ahead of. The first
+# fetch of a topic can take a second where the broker has just started.
+STEP_SECONDS = 5.0
 
 # Memory, whatever the records' sizes: those that wait, and those in one batch.
 INTAKE_BYTES = 32 * 1024 * 1024
@@ -172,6 +179,7 @@ class Worker(Generic[ItemT, ResultT]):
         membership: Membership,
     ) -> None:
         self._sink = stage.sink
+        self._several_topics = len(stage.topics) > 1
         self._settings = settings
         self._service = service
         self._consumer = consumer
@@ -197,7 +205,6 @@ class Worker(Generic[ItemT, ResultT]):
             SaslAuthenticationFailedError: Kafka does not know us any more. Start over, with another
                 consumer: this one has given up parts of itself, such as its heartbeat.
         """
-        metrics.SINK_UP.set(1)
         sys.setswitchinterval(SWITCH_SECONDS)
         self._pipeline.start()
         try:
@@ -206,8 +213,9 @@ class Worker(Generic[ItemT, ResultT]):
             self._service.leaving("finishing what is in hand")
             self._drain()
         finally:
-            self._pipeline.close()
-            self._consumer.close(autocommit=False, timeout_ms=int(CLOSE_TIMEOUT_SECONDS * 1000))
+            self._pipeline.close(self._service.left(JOIN_SECONDS))
+            timeout = self._service.left(CLOSE_TIMEOUT_SECONDS)
+            self._consumer.close(autocommit=False, timeout_ms=int(timeout * 1000))
 
     def _turn(self) -> None:
         self._watch()
@@ -320,15 +328,33 @@ class Worker(Generic[ItemT, ResultT]):
             self._pipeline.put(self._intake.take(self._settings.max_batch_size, BATCH_BYTES))
 
     def _worth_waiting(self) -> bool:
-        """Whether the batch should wait for records that the broker is known to have."""
-        if not self._lacking():
+        """Whether the batch should wait for records that the broker is known to have.
+
+        A batch of a backlog in several topics waits longer, since nobody waits for it: if it went
+        without some of them, the topics would be out of step.
+        """
+        ends = self._ends()
+        lacking = self._intake.lacking(ends)
+        if not lacking:
             return False
         self._filling_since = self._filling_since or time.monotonic()
-        return time.monotonic() - self._filling_since < self._settings.max_batch_delay
+        waited = time.monotonic() - self._filling_since
+        if waited < self._settings.max_batch_delay:
+            return True
+        if not (self._several_topics and self._intake.backlog(ends)):
+            return False
+        if waited < STEP_SECONDS:
+            return True
+        log.warning("partitions overdue", partitions=_names(lacking), waited_seconds=waited)
+        self._intake.give_up(lacking)
+        return False
 
     def _lacking(self) -> bool:
-        assigned = self._consumer.assignment()
-        return self._intake.lacking({at: self._consumer.highwater(at) for at in assigned})
+        return bool(self._intake.lacking(self._ends()))
+
+    def _ends(self) -> dict[TopicPartition, int | None]:
+        """Where each of our partitions ends, as far as is known."""
+        return {at: self._consumer.highwater(at) for at in self._consumer.assignment()}
 
     def _settle(self) -> None:
         """Note what has been finished, in order."""
@@ -340,7 +366,8 @@ class Worker(Generic[ItemT, ResultT]):
 
     def _drain(self) -> None:
         """Finish and commit what is in flight, unless the sink is down."""
-        until = time.monotonic() + DRAIN_SECONDS
+        left = self._service.left(DRAIN_SECONDS + COMMIT_RESERVE_SECONDS)
+        until = time.monotonic() + left - COMMIT_RESERVE_SECONDS
         while self._pipeline.in_flight and time.monotonic() < until:
             if self._pipeline.outage is not None:
                 log.warning(
@@ -390,7 +417,8 @@ class Worker(Generic[ItemT, ResultT]):
             partition: OffsetAndMetadata(offset, "", -1) for partition, offset in self._done.items()
         }
         try:
-            self._consumer.commit(offsets, timeout_ms=int(COMMIT_TIMEOUT_SECONDS * 1000))
+            timeout = self._service.left(COMMIT_TIMEOUT_SECONDS)
+            self._consumer.commit(offsets, timeout_ms=int(timeout * 1000))
         except SaslAuthenticationFailedError:
             raise
         except KafkaError as error:
@@ -413,6 +441,7 @@ def run_stage(
         settings: the stage's settings.
         service: the process around it, already entered.
     """
+    metrics.SINK_UP.set(1)
     while not service.stopping:
         try:
             _run_with_new_clients(make_stage, settings, service)
@@ -439,9 +468,10 @@ def _run_with_new_clients(
         if consumer is None:
             return
         if not wait_for_topics(consumer, stage.topics, service, settings):
-            consumer.close(autocommit=False)
+            timeout = service.left(CLOSE_TIMEOUT_SECONDS)
+            consumer.close(autocommit=False, timeout_ms=int(timeout * 1000))
             return
         consumer.subscribe(topics=list(stage.topics), listener=membership)
         Worker(stage, settings, service, consumer, sender, membership).run()
     finally:
-        sender.close(CLOSE_TIMEOUT_SECONDS)
+        sender.close(service.left(CLOSE_TIMEOUT_SECONDS))

@@ -42,6 +42,7 @@ MAX_DOCUMENT_BYTES = 16 * 1024 * 1024
 # The longest wait for a server to be found: we try again anyway, and can tell meanwhile. PyMongo
 # itself would wait as long as a request may take.
 FIND_SECONDS = 5.0
+CLOSE_SECONDS = 2.0
 SHOWN_CHARACTERS = 300
 
 # https://www.mongodb.com/docs/manual/reference/error-codes/
@@ -131,7 +132,9 @@ class MongoStore(Store):
 
     def close(self) -> None:
         """Give its connections back. It can be used again, with new ones."""
-        self._client.close()
+        # It tells the server, which may be gone, and would look for it for 30 seconds.
+        with pymongo.timeout(CLOSE_SECONDS):
+            self._client.close()
         self._client_password = None
 
     def _collection(self) -> Collection[dict[str, Any]]:
