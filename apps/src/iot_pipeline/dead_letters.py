@@ -83,5 +83,5 @@ def bury(
         # It may be the key that does not fit.
         key = record.key if len(record.key or b"") <= MAX_KEY_BYTES else None
         letter = replace(letter, without_value=True)
-        sender.send(topic, key, None, letter.headers(), limited=False)
+        sender.send(topic, key, b"", letter.headers(), limited=False)
         sender.confirm(beat)

@@ -363,7 +363,7 @@ class _Records(Fetcher.PartitionRecords):  # type: ignore[misc] # it has no type
                     bounds.left -= size
                     self.bytes_read += size
                     self.records_read += 1
-                    self.next_fetch_offset = record.offset + 1
+                    self.next_fetch_offset = max(self.next_fetch_offset, record.offset + 1)
                     yield record
                 if bounds.left <= 0:
                     break

@@ -29,7 +29,7 @@ _QUOTED = re.compile(r"""'([^']*)'|"((?:[^"\\]|\\.)*)\"""")
 _ESCAPED = re.compile(r'\\(["\\$`])')
 
 _ADDRESS = re.compile(
-    r"(?:(?P<host>[\w.-]+)|\[(?P<address>[0-9A-Fa-f:.]+)\])(?::(?P<port>[0-9]{1,5}))?"
+    r"(?:(?P<host>\w[\w.-]*)|\[(?P<address>[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*)\])(?::(?P<port>[0-9]{1,5}))?"
 )
 _TOPIC = re.compile("[a-zA-Z0-9._-]{1,249}")
 
