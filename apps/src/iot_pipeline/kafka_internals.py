@@ -38,6 +38,7 @@ from kafka.protocol.metadata import ApiVersionsRequest, MetadataRequest
 from kafka.protocol.parser import KafkaProtocol
 from kafka.protocol.sasl import SaslAuthenticateRequest, SaslHandshakeRequest
 from kafka.record.util import calc_crc32c, decode_varint
+from kafka.serializer import Serializer
 from kafka.structs import TopicPartition
 
 from iot_pipeline.errors import InvalidMessage, Reason, RecordTooLarge
@@ -115,16 +116,15 @@ def murmur2(key: bytes) -> int:
     return digest ^ digest >> 15
 
 
-class _Nothing:
+class _Nothing(Serializer):  # type: ignore[misc] # it has no types
     """Stands for a value that is None: `send` refuses a record without key and value.
 
     Kafka takes such a record, other clients send it, and its dead letter is one too.
     """
 
-    @staticmethod
-    def serialize(_topic: str, _headers: Any, value: Any) -> Any:
+    def serialize(self, topic: str, headers: Any, data: Any) -> Any:  # noqa: ARG002
         """The value as it is sent."""
-        return None if value is _NOTHING else value
+        return None if data is self else data
 
 
 _NOTHING = _Nothing()
