@@ -378,9 +378,9 @@ class _Records(Fetcher.PartitionRecords):  # type: ignore[misc] # it has no type
         last, header, problem = _opened(batch, self.next_fetch_offset)
         if last < self.next_fetch_offset:
             return
-        timestamp = -1
+        timestamp, timestamp_type = -1, 0
         if header is not None:
-            timestamp = header[8]
+            timestamp, timestamp_type = header[8], int(bool(header[5] & _APPEND_TIME))
             self.leader_epoch = header[2]
             if header[5] & _CONTROL:
                 self.next_fetch_offset = last + 1
@@ -399,6 +399,7 @@ class _Records(Fetcher.PartitionRecords):  # type: ignore[misc] # it has no type
                 first_offset=min(self.next_fetch_offset, last),
                 offset=last,
                 timestamp=timestamp,
+                timestamp_type=timestamp_type,
                 error=problem,
             )
         elif self._bounds.left > 0:
@@ -489,6 +490,7 @@ class _Reader:
                 offset=offset,
                 key=key if len(key or b"") <= self._bounds.record else None,
                 timestamp=timestamp,
+                timestamp_type=int(bool(self._attributes & _APPEND_TIME)),
                 error=RecordTooLarge(
                     f"the record has {size} bytes, more than {self._bounds.record}"
                 ),

@@ -351,6 +351,8 @@ class Unreadable:
     key: bytes | None = None
     value: None = None
     timestamp: int = -1
+    timestamp_type: int = 0
+    """1 where the time is the broker's, 0 where it is the sender's."""
     headers: tuple[tuple[str, bytes], ...] = ()
 
 
