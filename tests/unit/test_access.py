@@ -15,7 +15,7 @@ from kafka.net.sasl import get_sasl_mechanism
 
 from iot_pipeline.access import Tls, find_problem, security_options
 from iot_pipeline.errors import ConfigError
-from iot_pipeline.settings import ProduceSettings
+from iot_pipeline.settings import ProduceSettings, split_address
 
 
 @pytest.fixture
@@ -165,8 +165,49 @@ def test_each_server_is_tried_and_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "servers", ["broker:x", "broker:0", ":9092", "127.0.0.1:1,,b:2", "broker:70000"]
+    "servers",
+    [
+        *("broker:x", "broker:0", ":9092", "broker:70000", "broker:", "broker:-1", "broker:+1"),
+        *("127.0.0.1:1,,b:2", "a:1,", ",a:1", " ", "a:1 b:2", "a b:1", "a:1;b:2", "a;b:1"),
+        *("PLAINTEXT://a:1", "SSL://a:1,b:2", "http://a:1/", "user@a:1", "a/b:1", "a:1/2"),
+        *("::1", "::1:9092", "[::1", "[a:1", "[]:1", "[broker]:1", "broker:9092:9093"),
+        *("broker:\u0661", "'a:1'", '"a:1"', "[a:1,b:2]", "-", "."),
+    ],
 )
-def test_servers_that_are_none_are_named(servers: str) -> None:
-    with pytest.raises(ConfigError, match="IOT_BOOTSTRAP_SERVERS"):
-        find_problem(ProduceSettings(bootstrap_servers=servers))
+def test_servers_that_cannot_work_are_refused_at_once(servers: str) -> None:
+    with pytest.raises(ConfigError, match=r"IOT_BOOTSTRAP_SERVERS .*host:port"):
+        ProduceSettings(bootstrap_servers=servers)
+
+
+def test_servers_are_taken_one_by_one() -> None:
+    named = " a , b.example.org:1,\tb\u00fccher.example:65535 ,[::1]:2,[fe80::1],192.0.2.1:3,a_b:4"
+    found = [split_address(server) for server in ProduceSettings(bootstrap_servers=named).servers]
+    assert found == [
+        ("a", 9092),
+        ("b.example.org", 1),
+        ("b\u00fccher.example", 65535),
+        ("::1", 2),
+        ("fe80::1", 9092),
+        ("192.0.2.1", 3),
+        ("a_b", 4),
+    ]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a b", "a/b", "a,b", "\u00e4", "a" * 250, "a\n"])
+@pytest.mark.parametrize("topic", ["image_topic", "prediction_topic", "dead_letter_topic"])
+def test_a_topic_that_cannot_be_is_refused_at_once(topic: str, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"IOT_{topic.upper()} "):
+        ProduceSettings(**{topic: name})
+
+
+@pytest.mark.parametrize(
+    "one,other",
+    [
+        ("image_topic", "prediction_topic"),
+        ("image_topic", "dead_letter_topic"),
+        ("prediction_topic", "dead_letter_topic"),
+    ],
+)
+def test_no_stage_reads_what_it_writes(one: str, other: str) -> None:
+    with pytest.raises(ConfigError, match=f"IOT_{one.upper()} and IOT_{other.upper()} "):
+        ProduceSettings(**{one: "same", other: "same"})

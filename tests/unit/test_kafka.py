@@ -3,7 +3,7 @@ import os
 import pytest
 from kafka.partitioner import murmur2 as reference
 
-from iot_pipeline.kafka import murmur2
+from iot_pipeline.kafka_internals import murmur2
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from iot_pipeline.errors import ConfigError, InvalidMessage, Reason
 from iot_pipeline.letters import Letter, Letters, Selection, summary, table
 from iot_pipeline.replay import obstacle, of_one_record
-from iot_pipeline.schema import DROPPED, REPLAYED, DeadLetter, Handling
+from iot_pipeline.schema import DROPPED, REPLAYED, DeadLetter, Handling, Unreadable
 from iot_pipeline.settings import ListDeadLettersSettings, load
 
 NOW = datetime(2026, 6, 1, 12, 0, tzinfo=UTC)
@@ -27,7 +27,7 @@ class KafkaRecord:
     key: bytes | None = None
     value: bytes | None = b"value"
     timestamp: int = int(NOW.timestamp() * 1000)
-    headers: Sequence[tuple[str, bytes]] = field(default_factory=tuple)
+    headers: Sequence[tuple[str, bytes | None]] = field(default_factory=tuple)
 
 
 class Topic:
@@ -94,6 +94,7 @@ def test_dead_letters_are_told_from_what_was_done_with_them(topic: Topic) -> Non
         "source_topic": "iot-topic",
         "source_partition": 2,
         "source_offset": 1,
+        "source_first_offset": 1,
         "bytes": 5,
         "state": "open",
         "handled_at": None,
@@ -173,9 +174,48 @@ def test_what_cannot_be_replayed_is_told(topic: Topic) -> None:
     assert obstacle(letter, TOPICS, lambda _: True) == ""
     assert "does not exist any more" in obstacle(letter, TOPICS, lambda _: False)
     assert "no topic of this pipeline" in obstacle(letter, ("another",), lambda _: True)
-    empty = obstacle(topic.buries(7, value=b""), TOPICS, lambda _: True)
-    assert "holds no bytes" in empty
-    assert "iot-topic-2@7" in empty
+    for value in (None, b""):
+        assert obstacle(topic.buries(6, value=value), TOPICS, lambda _: True) == ""
+    left_out = obstacle(unreadable(5, 7), TOPICS, lambda _: True)
+    assert "its value was left out" in left_out
+    assert "iot-topic-2@5-7" in left_out
+
+
+def unreadable(first: int, last: int) -> Letter:
+    error = InvalidMessage(Reason.UNREADABLE, "the batch cannot be decoded")
+    record = Unreadable(
+        topic="iot-topic", partition=2, first_offset=first, offset=last, error=error
+    )
+    headers = DeadLetter.of(record, error, "iot-storage").headers()
+    return Letter.of(KafkaRecord("iot-dead-letter", 0, 0, None, None, headers=headers))
+
+
+def test_records_that_could_not_be_decoded_have_one_letter_that_says_which() -> None:
+    letter = unreadable(5, 7)
+    assert letter.about.without_value
+    assert (letter.source, letter.id, letter.key) == ("iot-topic-2@5-7", "", None)
+    content = letter.to_json()
+    assert (content["source_first_offset"], content["source_offset"]) == (5, 7)
+    assert (content["reason"], content["bytes"]) == ("unreadable", 0)
+    assert unreadable(7, 7).source == "iot-topic-2@7"
+
+
+NUMBERS = (b"", b"-1", b"9" * 5000, "\u0663".encode(), b"\xff", None, b"1 ", b"0x1")
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("name", ["source.offset", "source.first_offset", "handled.offset"])
+def test_headers_that_others_wrote_are_survived(
+    topic: Topic, name: str, number: bytes | None
+) -> None:
+    headers = [(name, number), ("error.class", None), ("\ufffd", b"\xff"), ("a", b"1"), ("a", b"2")]
+    if name.startswith("handled"):
+        headers.append(("handled.action", b"dropped"))
+    topic.gathered.saw(KafkaRecord("iot-dead-letter", 0, 5, None, None, headers=headers))
+    for letter in topic.letters:
+        assert (letter.about.offset, letter.about.first_offset) == (-1, -1)
+        assert letter.to_json()["reason"] == ""
+        assert table([letter])
 
 
 def test_what_others_wrote_does_not_reach_the_terminal_as_it_is(topic: Topic) -> None:

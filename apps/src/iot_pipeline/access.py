@@ -24,18 +24,22 @@ from kafka.errors import (
     UnsupportedSaslMechanismError,
     for_code,
 )
-from kafka.net.sasl import get_sasl_mechanism, register_sasl_mechanism
-from kafka.net.sasl.abc import SaslMechanism
-from kafka.net.sasl.plain import SaslMechanismPlain
-from kafka.net.sasl.scram import SaslMechanismScram
-from kafka.protocol.broker_version_data import BrokerVersionData
-from kafka.protocol.metadata import ApiVersionsRequest, MetadataRequest
-from kafka.protocol.parser import KafkaProtocol
-from kafka.protocol.sasl import SaslAuthenticateRequest, SaslHandshakeRequest
 
-from iot_pipeline.errors import ConfigError
+from iot_pipeline.kafka_internals import (
+    ApiVersionsRequest,
+    BrokerVersionData,
+    KafkaProtocol,
+    MetadataRequest,
+    SaslAuthenticateRequest,
+    SaslHandshakeRequest,
+    SaslMechanism,
+    SaslMechanismPlain,
+    SaslMechanismScram,
+    get_sasl_mechanism,
+    register_sasl_mechanism,
+)
 from iot_pipeline.passwords import PasswordFile
-from iot_pipeline.settings import Settings
+from iot_pipeline.settings import Settings, split_address
 
 PROBE_SECONDS = 5.0
 # No further broker is asked after this: whoever asks gives no sign of life meanwhile.
@@ -141,39 +145,17 @@ def find_problem(settings: Settings) -> str:
     kafka-python tries for its whole time limit whatever the cause, and then tells that it did not
     succeed. This goes the same way by itself, up to the first question that only a client who was
     let in may ask.
-
-    Raises:
-        ConfigError: IOT_BOOTSTRAP_SERVERS is no list of servers.
     """
     problems: list[str] = []
     until = time.monotonic() + PROBES_SECONDS
-    for server in settings.bootstrap_servers.split(","):
-        host, port = split_address(server)
+    for server in settings.servers:
         if time.monotonic() >= until:
             break
-        problem = _problem_of(host, port, settings)
+        problem = _problem_of(*split_address(server), settings)
         if not problem:
             return ""
-        problems.append(f"{server.strip()}: {problem}")
+        problems.append(f"{server}: {problem}")
     return "; ".join(problems)
-
-
-def split_address(server: str) -> tuple[str, int]:
-    """`host:port`, `[address]:port` or `host` as host and port.
-
-    Raises:
-        ConfigError: it is none of these.
-    """
-    host, colon, port = server.strip().rpartition(":")
-    if not colon:
-        host, port = port, "9092"
-    host = host.strip("[]")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ConfigError(
-            f"IOT_BOOTSTRAP_SERVERS (--bootstrap-servers) must list brokers as host:port, "
-            f"separated by commas; {server!r} is none"
-        )
-    return host, int(port)
 
 
 def _problem_of(host: str, port: int, settings: Settings) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from iot_pipeline.errors import InvalidMessage, RecordTooLarge, TooManyDeadLetters
 from iot_pipeline.kafka import Sender
@@ -15,6 +16,8 @@ log = Log("dead_letters")
 
 WINDOW = 1000
 WINDOW_MINIMUM = 200
+# The longest key that a dead letter keeps which does not fit into its topic as it is.
+MAX_KEY_BYTES = 1024
 
 
 class DeadLetterLimit:
@@ -70,12 +73,15 @@ def bury(
     Raises:
         SinkUnavailable: Kafka did not confirm it; try again.
     """
-    headers = DeadLetter.of(record, error, settings.SERVICE).headers()
+    letter = DeadLetter.of(record, error, settings.SERVICE)
     topic = settings.dead_letter_topic
     try:
-        sender.send(topic, record.key, record.value, headers, limited=False)
+        sender.send(topic, record.key, record.value, letter.headers(), limited=False)
         sender.confirm(beat)
     except RecordTooLarge as too_large:
         log.warning("dead letter without its value", error=too_large, offset=record.offset)
-        sender.send(topic, record.key, b"", headers, limited=False)
+        # It may be the key that does not fit.
+        key = record.key if len(record.key or b"") <= MAX_KEY_BYTES else None
+        letter = replace(letter, without_value=True)
+        sender.send(topic, key, b"", letter.headers(), limited=False)
         sender.confirm(beat)

@@ -25,6 +25,7 @@ class Reason(StrEnum):
     """Why a record is refused: the dead letter's header `error.class`."""
 
     TOO_LARGE = "too-large"
+    UNREADABLE = "unreadable"
     INVALID_JSON = "invalid-json"
     NOT_AN_OBJECT = "not-an-object"
     MISSING_FIELD = "missing-field"

@@ -19,7 +19,7 @@ from iot_pipeline.schema import Record
 
 def size(record: Record) -> int:
     """Bytes that a record holds in memory, roughly."""
-    return 500 + len(record.value or b"")
+    return 500 + len(record.key or b"") + len(record.value or b"")
 
 
 class Intake:

@@ -10,15 +10,11 @@ A producer's use::
 from __future__ import annotations
 
 import random
-import struct
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from kafka import KafkaConsumer, KafkaProducer
-from kafka.cluster import ClusterMetadata
-from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.errors import (
     AuthorizationError,
     ClusterAuthorizationFailedError,
@@ -33,10 +29,15 @@ from kafka.errors import (
     TopicAuthorizationFailedError,
     UnknownTopicOrPartitionError,
 )
-from kafka.structs import TopicPartition
 
 from iot_pipeline.access import find_problem, refused_problem, security_options
 from iot_pipeline.errors import ConfigError, RecordTooLarge, SinkUnavailable
+from iot_pipeline.kafka_internals import (
+    POLL_BYTES,
+    Consumer,
+    CooperativeStickyAssignor,
+    Producer,
+)
 from iot_pipeline.service import Log, Service
 from iot_pipeline.settings import ConsumerSettings, Settings
 
@@ -54,25 +55,6 @@ PARTITION_FETCH_BYTES = 1024 * 1024
 REQUEST_OVERHEAD_BYTES = 131_072
 
 ClientT = TypeVar("ClientT")
-
-_refresh_loop = ClusterMetadata._refresh_loop  # noqa: SLF001 - nothing public keeps it alive
-
-
-async def _refresh_for_ever(metadata: Any) -> None:
-    """Keep a client's knowledge of the brokers fresh, whatever goes wrong meanwhile.
-
-    kafka-python 3.0.12 ends this loop at the first error that is none of its own, such as a broker
-    that is killed within the handshake. The client then sends to leaders of before for good.
-    """
-    while not metadata.closed:
-        try:
-            await _refresh_loop(metadata)
-        except Exception as error:  # noqa: BLE001 - it must not end
-            log.warning("asking for the brokers again", error=error)
-            await metadata._wakeup(metadata.refresh_backoff() / 1000)  # noqa: SLF001
-
-
-ClusterMetadata._refresh_loop = _refresh_for_ever  # noqa: SLF001
 
 
 class Backoff:
@@ -101,7 +83,7 @@ def client_options(settings: Settings) -> dict[str, Any]:
     """The arguments that all clients have in common: where to connect, and how securely."""
     return {
         **security_options(settings),
-        "bootstrap_servers": settings.bootstrap_servers.split(","),
+        "bootstrap_servers": settings.servers,
         "client_id": settings.client_id,
         "request_timeout_ms": REQUEST_TIMEOUT_MS,
         "bootstrap_timeout_ms": REQUEST_TIMEOUT_MS,
@@ -179,43 +161,40 @@ def connect(make: Callable[[], ClientT], service: Service, settings: Settings) -
     return None
 
 
-class GroupConsumer(KafkaConsumer):  # type: ignore[misc] # it has no types
-    """A member of a consumer group."""
-
-    def rejoin(self) -> None:
-        """Join the group anew at the next poll, keeping the partitions.
-
-        kafka-python 3.0.12 forgets a rebalance that it began in one poll, because topics have
-        changed, when the group's answer comes before the next poll. It then takes part in nothing
-        any more, and all commits fail. Short polls make that likely.
-        """
-        self._coordinator.request_rejoin()
-
-
-def make_consumer(settings: ConsumerSettings) -> GroupConsumer:
+def make_consumer(settings: ConsumerSettings) -> Consumer:
     """A consumer that joins its group, once subscribed, and commits nothing by itself.
 
     Raises:
         KafkaError: no broker answered.
     """
-    return GroupConsumer(
-        **client_options(settings),
+    return Consumer(
+        **_reader_options(settings),
+        # No stage looks at headers.
+        headers=False,
         group_id=settings.group_id,
         group_instance_id=settings.group_instance_id or None,
-        # What was sent before the first start is work too.
-        auto_offset_reset="earliest",
-        enable_auto_commit=False,
         # Members keep their partitions through a rebalance, but for those that move.
         partition_assignment_strategy=[CooperativeStickyAssignor],
         # New partitions are noticed within this time.
         metadata_max_age_ms=60_000,
-        # What waits in the client. A record that is larger comes alone.
-        max_partition_fetch_bytes=PARTITION_FETCH_BYTES,
-        fetch_max_bytes=16 * PARTITION_FETCH_BYTES,
     )
 
 
-def make_reader(settings: Settings, group: str | None = None) -> KafkaConsumer:
+def _reader_options(settings: Settings) -> dict[str, Any]:
+    return {
+        **client_options(settings),
+        # What was sent before the first start is work too.
+        "auto_offset_reset": "earliest",
+        "enable_auto_commit": False,
+        # What waits in the client. A batch that is larger comes alone.
+        "max_partition_fetch_bytes": PARTITION_FETCH_BYTES,
+        "fetch_max_bytes": POLL_BYTES,
+        # What is larger does not fit into a dead letter.
+        "max_record_bytes": settings.max_record_bytes + REQUEST_OVERHEAD_BYTES,
+    }
+
+
+def make_reader(settings: Settings, group: str | None = None) -> Consumer:
     """A consumer that joins no group, for reading topics from begin to end.
 
     Args:
@@ -228,19 +207,14 @@ def make_reader(settings: Settings, group: str | None = None) -> KafkaConsumer:
     problem = find_problem(settings)
     if not problem:
         try:
-            return KafkaConsumer(
-                **client_options(settings),
-                group_id=group,
-                auto_offset_reset="earliest",
-                enable_auto_commit=False,
-            )
+            return Consumer(**_reader_options(settings), headers=True, group_id=group)
         except KafkaError as error:
             problem = describe_error(error, settings)
     raise SinkUnavailable(f"Kafka is not reachable: {problem}")
 
 
 def wait_for_topics(
-    consumer: KafkaConsumer, topics: Sequence[str], service: Service, settings: Settings
+    consumer: Consumer, topics: Sequence[str], service: Service, settings: Settings
 ) -> bool:
     """Wait until all topics exist: a subscription to one that does not is silently empty.
 
@@ -271,51 +245,6 @@ def no_such_topic(missing: Sequence[str], settings: Settings) -> str:
     if settings.uses_tls:
         return f"no such topic, or {settings.principal} may not read it: {names}"
     return f"no such topic: {names}"
-
-
-_WORDS = struct.Struct("<I")
-
-
-def murmur2(key: bytes) -> int:
-    """The hash by which Kafka's clients choose a key's partition: 32 bits, not negative.
-
-    The same as kafka-python's, which reads single bytes and takes twice as long.
-    """
-    size = len(key)
-    rest = size % 4
-    digest = 0x9747B28C ^ size
-    for (word,) in _WORDS.iter_unpack(key[: size - rest]):
-        mixed = word * 0x5BD1E995 & 0xFFFFFFFF
-        mixed = (mixed ^ mixed >> 24) * 0x5BD1E995
-        digest = (digest * 0x5BD1E995 ^ mixed) & 0xFFFFFFFF
-    if rest:
-        digest ^= int.from_bytes(key[-rest:], "little")
-        digest = digest * 0x5BD1E995 & 0xFFFFFFFF
-    digest = (digest ^ digest >> 13) * 0x5BD1E995 & 0xFFFFFFFF
-    return digest ^ digest >> 15
-
-
-class _Producer(KafkaProducer):  # type: ignore[misc] # it has no types
-    """A client with a shorter way for the plain record."""
-
-    def append(self, topic: str, key: bytes, value: bytes) -> Any:
-        """`send` for a record without headers that is known to be small enough.
-
-        kafka-python's `send` wakes the sending thread at each record while a batch waits for the
-        one before it. That thread has nothing to do then, and both fight for the interpreter: it
-        took more time than everything else. Here only a new batch wakes it. It looks for the next
-        batch by itself when the broker has answered.
-        """
-        partitions = self._metadata.partitions_for_topic(topic)
-        if self._closed or not partitions:
-            return self.send(topic, key=key, value=value)
-        partition = sorted(partitions)[(murmur2(key) & 0x7FFFFFFF) % len(partitions)]
-        future, _is_full, is_new, _aborted = self._accumulator.append(
-            TopicPartition(topic, partition), None, key, value, []
-        )
-        if is_new:
-            self._sender.wakeup()
-        return future
 
 
 class Sender:
@@ -361,7 +290,7 @@ class Sender:
         self._pending: deque[tuple[str, bytes | None, Any]] = deque()
 
     def _make_client(self) -> Any:
-        return _Producer(
+        return Producer(
             **client_options(self._settings),
             acks="all",
             enable_idempotence=True,
@@ -426,12 +355,7 @@ class Sender:
         try:
             if self._spoiled:
                 self._renew()
-            if key is None or value is None or headers or partition is not None:
-                future = self._producer.send(
-                    topic, key=key, value=value, headers=list(headers), partition=partition
-                )
-            else:
-                future = self._producer.append(topic, key, value)
+            future = self._producer.send_any(topic, key, value, headers, partition)
         except KafkaTimeoutError as error:
             self._give_up()
             problem = find_problem(self._settings) or (
@@ -522,12 +446,7 @@ class Sender:
         try:
             self._producer.close(timeout=timeout)
         except KafkaTimeoutError:
-            # kafka-python waits for what was not confirmed, and then closes nothing. Its thread has
-            # to give that up first.
-            thread = self._producer._sender  # noqa: SLF001 - nothing public ends it
-            thread.force_close()
-            thread.join(timeout)
-            self._producer.close(timeout=0)
+            self._producer.abandon(timeout)
 
     def _explain(self, error: KafkaError, topic: str) -> Exception:
         text = str(error) or type(error).__name__

@@ -21,7 +21,7 @@ from kafka.structs import TopicPartition
 from iot_pipeline.errors import Exit
 from iot_pipeline.progress import Progress
 from iot_pipeline.reading import begins_of, ends_of, parse_moment, read, reading
-from iot_pipeline.schema import DeadLetter, Handling, format_time, now, record_time
+from iot_pipeline.schema import LEFT_OUT, DeadLetter, Handling, format_time, now, record_time
 from iot_pipeline.service import set_up_logging
 from iot_pipeline.settings import (
     DeadLetterSettings,
@@ -30,6 +30,7 @@ from iot_pipeline.settings import (
 )
 
 SHOWN_CHARACTERS = 1000
+NO_VALUE = "none"
 
 Place = tuple[int, int]
 """Where a record of the dead-letter topic stands: partition, offset."""
@@ -74,9 +75,16 @@ class Letter:
         return (self.key or b"").decode("utf-8", "replace")
 
     @property
+    def first_offset(self) -> int:
+        """Where the refused record stood, or the first of several."""
+        return self.about.offset if self.about.first_offset < 0 else self.about.first_offset
+
+    @property
     def source(self) -> str:
-        """Where the refused record stood."""
-        return f"{self.about.topic}-{self.about.partition}@{self.about.offset}"
+        """Where the refused record stood, or the refused records did."""
+        first, last = self.first_offset, self.about.offset
+        offsets = str(last) if first == last else f"{first}-{last}"
+        return f"{self.about.topic}-{self.about.partition}@{offsets}"
 
     @property
     def state(self) -> str:
@@ -95,6 +103,7 @@ class Letter:
             "source_topic": self.about.topic,
             "source_partition": self.about.partition,
             "source_offset": self.about.offset,
+            "source_first_offset": self.first_offset,
             "bytes": self.size,
             "state": self.state,
             "handled_at": format_time(self.handled_at) if self.handled_at else None,
@@ -269,7 +278,7 @@ def _second(moment: datetime) -> str:
     return f"{format_time(moment)[:19]}Z"
 
 
-def _description(letter: Letter, value: bytes) -> str:
+def _description(letter: Letter, value: bytes | None) -> str:
     state = letter.state
     if letter.handling and letter.handled_at:
         state += f" at {_second(letter.handled_at)} by {letter.handling.by}"
@@ -284,10 +293,12 @@ def _description(letter: Letter, value: bytes) -> str:
         "source": letter.source,
         "key": letter.id or "-",
         "bytes": str(letter.size),
-        "value": value[:SHOWN_CHARACTERS].decode("utf-8", "replace"),
+        "value": NO_VALUE if value is None else value[:SHOWN_CHARACTERS].decode("utf-8", "replace"),
     }
+    if about.without_value:
+        lines["value"] = LEFT_OUT
     text = "".join(f"{name:<12}{plain(content)}\n" for name, content in lines.items())
-    return text + ("            …\n" if value[SHOWN_CHARACTERS:] else "")
+    return text + ("            …\n" if value and value[SHOWN_CHARACTERS:] else "")
 
 
 def none_chosen(letters: Collection[Letter]) -> str:
@@ -322,10 +333,10 @@ def run(settings: ListDeadLettersSettings) -> int:
             by_place = {letter.place: letter for letter in chosen}
 
             def show(record: Any) -> None:
-                letter, value = by_place[record.partition, record.offset], record.value or b""
+                letter, value = by_place[record.partition, record.offset], record.value
                 if settings.json:
-                    whole = {"value": base64.b64encode(value).decode("ascii")}
-                    print(json.dumps(letter.to_json() | whole))
+                    whole = None if value is None else base64.b64encode(value).decode("ascii")
+                    print(json.dumps(letter.to_json() | {"value": whole}))
                 else:
                     print(_description(letter, value))
 

@@ -82,10 +82,10 @@ def obstacle(letter: Letter, topics: Sequence[str], exists: Callable[[str], bool
         return f"{topic} is no topic of this pipeline ({', '.join(topics)})"
     if not exists(topic):
         return f"topic {topic} does not exist any more, or we may not write to it"
-    if not letter.size:
+    if letter.about.without_value:
         return (
-            "it holds no bytes: the record had none, or did not fit into the dead-letter topic; "
-            f"the original stands at {letter.source} for as long as Kafka keeps it"
+            "its value was left out, since it could not be decoded or is too large; the original "
+            f"stands at {letter.source} for as long as Kafka keeps it"
         )
     return ""
 
@@ -163,7 +163,8 @@ def _replay(
 
     def saw(record: Any) -> None:
         batch.append(record)
-        if len(batch) >= BATCH_RECORDS or sum(len(each.value) for each in batch) >= BATCH_BYTES:
+        held = sum(len(each.value or b"") for each in batch)
+        if len(batch) >= BATCH_RECORDS or held >= BATCH_BYTES:
             work.replay(batch, same)
             batch.clear()
 

@@ -54,6 +54,8 @@ _RFC3339 = re.compile(
     r"(?P<second>\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d)(?:\.(?P<fraction>\d+))?(?P<zone>[Zz]|[+-]\d\d:\d\d)",
     re.ASCII,
 )
+# Kafka's numbers have 63 bits at most.
+_OFFSET = re.compile("[0-9]{1,19}")
 _MEDIA_TYPE = re.compile(r"image/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,99}")
 
 
@@ -373,6 +375,24 @@ class Record(Protocol):
     """LOG_APPEND_TIME, or 0: CreateTime."""
 
 
+@dataclass(slots=True, kw_only=True)
+class Unreadable:
+    """Stands for records that could not be decoded: all from `first_offset` to `offset`."""
+
+    topic: str
+    partition: int
+    first_offset: int
+    offset: int
+    error: InvalidMessage
+    """Why."""
+    key: bytes | None = None
+    value: None = None
+    timestamp: int = -1
+    timestamp_type: int = 0
+    """1 where the time is the broker's, 0 where it is the sender's."""
+    headers: tuple[tuple[str, bytes], ...] = ()
+
+
 MessageT = TypeVar("MessageT", ImageMessage, PredictionMessage)
 
 
@@ -386,12 +406,15 @@ def decode_record(
     Raises:
         InvalidMessage: with the reason.
     """
+    if isinstance(record, Unreadable):
+        raise record.error
     value = record.value
     if value is None:
         raise InvalidMessage(Reason.INVALID_JSON, "the record has no value")
-    if len(value) > max_bytes:
+    size = len(value) + len(record.key or b"")
+    if size > max_bytes:
         raise InvalidMessage(
-            Reason.TOO_LARGE, f"the record has {len(value)} bytes, more than {max_bytes}"
+            Reason.TOO_LARGE, f"the record has {size} bytes, more than {max_bytes}"
         )
     message = kind.decode(value, ahead)
     if record.key is not None and record.key != message.key:
@@ -403,7 +426,7 @@ def decode_record(
 class DeadLetter:
     """Why, where and out of which record a dead letter was made: its headers.
 
-    The dead letter's key and value are the refused record's, untouched.
+    The dead letter's key and value are the refused record's, untouched. Its headers are not kept.
     """
 
     reason: str
@@ -412,6 +435,11 @@ class DeadLetter:
     topic: str
     partition: int
     offset: int
+    first_offset: int = -1
+    """Not negative where it stands for several records that could not be decoded: the first one's
+    offset; `offset` is the last one's."""
+    without_value: bool = False
+    """Whether the value was left out: it could not be decoded, or was too large to go along."""
 
     @classmethod
     def of(cls, record: Record, error: InvalidMessage, stage: str) -> Self:
@@ -423,6 +451,8 @@ class DeadLetter:
             topic=record.topic,
             partition=record.partition,
             offset=record.offset,
+            first_offset=getattr(record, "first_offset", -1),
+            without_value=isinstance(record, Unreadable),
         )
 
     def headers(self) -> list[tuple[str, bytes]]:
@@ -435,6 +465,10 @@ class DeadLetter:
             "source.partition": str(self.partition),
             "source.offset": str(self.offset),
         }
+        if 0 <= self.first_offset < self.offset:
+            texts["source.first_offset"] = str(self.first_offset)
+        if self.without_value:
+            texts["source.value"] = LEFT_OUT
         return [(name, text.encode("utf-8", "replace")) for name, text in texts.items()]
 
     @classmethod
@@ -448,9 +482,12 @@ class DeadLetter:
             topic=texts.get("source.topic", "unknown"),
             partition=_number_or(texts.get("source.partition"), -1),
             offset=_number_or(texts.get("source.offset"), -1),
+            first_offset=_number_or(texts.get("source.first_offset"), -1),
+            without_value=texts.get("source.value") == LEFT_OUT,
         )
 
 
+LEFT_OUT = "left out"
 REPLAYED = "replayed"
 DROPPED = "dropped"
 REPLAYED_FROM = "replayed.from"
@@ -495,12 +532,12 @@ class Handling:
         )
 
 
-def _texts(headers: Iterable[tuple[str, bytes]]) -> dict[str, str]:
+def _texts(headers: Iterable[tuple[str, bytes | None]]) -> dict[str, str]:
     return {name: (value or b"").decode("utf-8", "replace") for name, value in headers}
 
 
 def _number_or(text: str | None, otherwise: int) -> int:
-    return int(text) if text and text.isascii() and text.isdigit() else otherwise
+    return int(text) if text and _OFFSET.fullmatch(text) else otherwise
 
 
 Document = dict[str, Any]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import itertools
 import math
 import os
 import re
@@ -26,6 +27,11 @@ SETTINGS_DIRECTORY = Path("/etc/iot-pipeline")
 
 _QUOTED = re.compile(r"""'([^']*)'|"((?:[^"\\]|\\.)*)\"""")
 _ESCAPED = re.compile(r'\\(["\\$`])')
+
+_ADDRESS = re.compile(
+    r"(?:(?P<host>\w[\w.-]*)|\[(?P<address>[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*)\])(?::(?P<port>[0-9]{1,5}))?"
+)
+_TOPIC = re.compile("[a-zA-Z0-9._-]{1,249}")
 
 _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
@@ -146,6 +152,11 @@ class Settings(CommandSettings):
     )
 
     @property
+    def servers(self) -> list[str]:
+        """The brokers to ask first, one by one."""
+        return [server.strip() for server in self.bootstrap_servers.split(",")]
+
+    @property
     def uses_tls(self) -> bool:
         """Whether connections to Kafka are encrypted."""
         return self.security_protocol in ("SSL", "SASL_SSL")
@@ -175,12 +186,15 @@ class Settings(CommandSettings):
         return f"{self.SERVICE}-{self.instance}"
 
     def __post_init__(self) -> None:
-        """Check what secures the connections to Kafka.
+        """Check what cannot work, and what secures the connections to Kafka.
 
         Raises:
             ConfigError: it would not, or not as it looks.
         """
         super().__post_init__()
+        for server in self.servers:
+            split_address(server)
+        self._check_topics()
         protocol = self.security_protocol
         if protocol == "SASL_PLAINTEXT":
             raise ConfigError(
@@ -209,6 +223,23 @@ class Settings(CommandSettings):
         for name in ("sasl_password_file", *files):
             _check_readable(name, getattr(self, name))
 
+    def _check_topics(self) -> None:
+        names = ("image_topic", "prediction_topic", "dead_letter_topic")
+        for name in names:
+            topic = getattr(self, name)
+            if not _TOPIC.fullmatch(topic) or topic in (".", ".."):
+                raise ConfigError(
+                    f"{environment_name(name)} must be a topic's name, of at most 249 letters, "
+                    f"digits, dots, hyphens and underscores, not {topic!r}"
+                )
+        # A stage that reads what it writes would never come to an end.
+        for one, other in itertools.combinations(names, 2):
+            if getattr(self, one) == getattr(self, other):
+                raise ConfigError(
+                    f"{environment_name(one)} and {environment_name(other)} must be two topics, "
+                    f"not both {getattr(self, one)!r}"
+                )
+
     def _refuse_without(self, used: bool, protocol: str, *names: str) -> None:
         for name in names:
             if getattr(self, name) and not used:
@@ -216,6 +247,22 @@ class Settings(CommandSettings):
                     f"{environment_name(name)} has no effect with IOT_SECURITY_PROTOCOL="
                     f"{self.security_protocol}: set {protocol}, or leave it out"
                 )
+
+
+def split_address(server: str) -> tuple[str, int]:
+    """`host:port`, `[address]:port` or `host` as host and port.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    found = _ADDRESS.fullmatch(server.strip())
+    port = int((found and found["port"]) or 9092)
+    if not found or not 0 < port < 65536:
+        raise ConfigError(
+            f"IOT_BOOTSTRAP_SERVERS (--bootstrap-servers) must list brokers as host:port, "
+            f"separated by commas; {server!r} is none"
+        )
+    return found["host"] or found["address"], port
 
 
 def _check_readable(name: str, path: str) -> None:

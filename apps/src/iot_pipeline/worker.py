@@ -40,6 +40,7 @@ from iot_pipeline.kafka import (
     not_allowed,
     wait_for_topics,
 )
+from iot_pipeline.kafka_internals import UnreadablePartition
 from iot_pipeline.pipeline import MAX_IN_FLIGHT, Pipeline, Stage
 from iot_pipeline.service import Log, Service
 from iot_pipeline.settings import ConsumerSettings
@@ -298,6 +299,12 @@ class Worker(Generic[ItemT, ResultT]):
             )
         except SaslAuthenticationFailedError:
             raise
+        except UnreadablePartition as error:
+            log.warning("cannot read on", error=error)
+            self._service.status(f"cannot read on at {error}")
+            self._troubled_at = time.monotonic()
+            self._service.wait(POLL_SECONDS)
+            polled = {}
         except KafkaError as error:
             self._raise_if_hopeless(error)
             self._tell(self._ask_broker() or describe_error(error, self._settings))

@@ -20,6 +20,10 @@ from iot_pipeline.settings import AuditSettings, load
 PATIENCE_SECONDS = 60
 
 
+def text(content: bytes | None) -> str:
+    return (content or b"").decode("utf-8", "replace")
+
+
 def main(asked: dict[str, Any]) -> None:
     settings = load(AuditSettings)
     reader = make_reader(settings)
@@ -36,11 +40,12 @@ def main(asked: dict[str, Any]) -> None:
     while missing and time.monotonic() < deadline:
         for records in reader.poll(timeout_ms=1000).values():
             for record in records:
-                key = (record.key or b"").decode()
+                # Others may have written anything there.
+                key = text(record.key)
                 if key in missing:
                     missing.discard(key)
-                    headers = {name: value.decode() for name, value in record.headers}
-                    value = record.value.decode()
+                    headers = {name: text(value) for name, value in record.headers}
+                    value = text(record.value)
                     letters.append({"key": key, "value": value, "headers": headers})
     answer = {
         "ends": {partition.partition: offset for partition, offset in ends.items()},
