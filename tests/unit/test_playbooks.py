@@ -82,3 +82,82 @@ def test_a_host_that_does_not_answer_is_asked_once_and_named(tmp_path: Path) -> 
     done = run(tmp_path, {"hosts": {"lost": lost}}, playbook)
     assert done.stdout.count("UNREACHABLE!") == 1, done.stdout + done.stderr
     assert "CRITICAL host-unreachable lost" in done.stdout
+
+
+RULE = "tcp dport 9093 accept"
+
+
+def preflights(folder: Path, names: list[str], **variables: Any) -> str:
+    """Run what checks an inventory of these hosts, and render the first one's firewall."""
+    firewall = ROOT / "roles/firewall"
+    template = firewall / "templates/firewall.nft.j2"
+    tasks = [
+        {"ansible.builtin.include_role": {"name": "base", "tasks_from": "preflight"}},
+        {
+            "ansible.builtin.include_role": {
+                "name": "firewall",
+                "tasks_from": "preflight",
+                "public": True,
+            }
+        },
+        {
+            "ansible.builtin.template": {"src": str(template), "dest": str(folder / "rules")},
+            "vars": {"role_path": str(firewall)},
+            "run_once": True,
+        },
+        {
+            "ansible.builtin.debug": {
+                "msg": "on [{{ kafka_broker_bind_address }}], hosts [{{ base_hosts_entries }}]"
+            },
+            "run_once": True,
+        },
+    ]
+    play = {"hosts": "all", "gather_subset": ["!all", "min"], "tasks": tasks}
+    (folder / "play.yml").write_text(json.dumps([play]))
+    (folder / "group_vars").mkdir()
+    (folder / "group_vars/all.yml").symlink_to(
+        ROOT / "inventory/couchdb/group_vars/all/topology.yml"
+    )
+    groups = {
+        name: {"hosts": dict.fromkeys(names)}
+        for name in ("kafka_controllers", "kafka_brokers", "storage_nodes", "couchdb_servers")
+    }
+    empty: dict[str, Any] = {name: {} for name in ("producers", "inference_nodes")}
+    more = f"--extra-vars={json.dumps(variables)}"
+    done = run(folder, {"children": groups | empty}, "--connection=local", more, "play.yml")
+    return done.stdout + done.stderr
+
+
+def test_hosts_may_be_named_by_their_addresses(tmp_path: Path) -> None:
+    said = preflights(tmp_path, ["192.0.2.11", "192.0.2.12"])
+    assert "on [192.0.2.11], hosts [{}]" in said, said
+    rules = (tmp_path / "rules").read_text()
+    assert "elements = { 192.0.2.11, 192.0.2.12 }" in rules
+    assert RULE in rules
+
+
+def test_names_are_taken_as_they_are_where_dns_is_said_to_know_them(tmp_path: Path) -> None:
+    # The one name that every host knows.
+    said = preflights(tmp_path, ["localhost"], base_hosts_entries={})
+    assert "on [], hosts [{}]" in said, said
+    rules = (tmp_path / "rules").read_text()
+    assert "127.0.0.1" in rules or "::1" in rules
+    assert "localhost" not in rules
+    assert RULE in rules
+
+
+@pytest.mark.parametrize(
+    "variables, reason",
+    [
+        ({}, "base_hosts_entries needs host names with the address of each, and has a.invalid"),
+        ({"base_hosts_entries": {}}, "name a.invalid, of which a.invalid does not find the"),
+    ],
+)
+def test_names_that_nobody_knows_are_told(
+    tmp_path: Path, variables: dict[str, Any], reason: str
+) -> None:
+    said = preflights(tmp_path, ["a.invalid"], **variables)
+    assert reason in " ".join(said.split()), said
+    assert "Set ansible_host of these hosts in the inventory" in " ".join(said.split())
+    assert "has no attribute" not in said
+    assert not (tmp_path / "rules").exists()
