@@ -90,9 +90,10 @@ def main(count: int, rate: float) -> None:
             producer.send(settings.image_topic, key=key, value=random.choice(KINDS)(content))
         )
         time.sleep(max(0.0, began + number / rate - time.monotonic()))
-    for future in pending:
-        future.get(timeout=60)
+    places = [future.get(timeout=60) for future in pending]
     producer.close()
+    # So that who sent them can clean up after them.
+    print(json.dumps([[it.topic, it.partition, it.offset] for it in places]))
 
 
 if __name__ == "__main__":
