@@ -161,3 +161,94 @@ def test_names_that_nobody_knows_are_told(
     assert "Set ansible_host of these hosts in the inventory" in " ".join(said.split())
     assert "has no attribute" not in said
     assert not (tmp_path / "rules").exists()
+
+
+# Each with a password that YAML takes for a number, and what is said of it.
+NUMBERS: dict[str, tuple[dict[str, Any], str]] = {
+    "kafka_broker": (
+        {
+            "kafka_broker_admin_password": 12345678,
+            "kafka_broker_users": [{"name": "a", "password": 12345678}, {"name": "b"}],
+        },
+        "kafka_broker_admin_password, kafka_broker_users, a: YAML",
+    ),
+    "kafka_resources": (
+        {
+            "kafka_resources_client": {"username": "a", "password": 123456789012},
+            "kafka_resources_users": [{"name": "b", "password": True}],
+        },
+        "kafka_resources_client, password, kafka_resources_users, b: YAML",
+    ),
+    "couchdb": (
+        {
+            "couchdb_admin_password": 123456789012,
+            "couchdb_users": [{"name": "a", "password": 1.5}],
+        },
+        "couchdb_admin_password, couchdb_users, a: YAML",
+    ),
+    "mongodb": (
+        {
+            "mongodb_admin_password": 123456789012,
+            "mongodb_replica_set_key": 123456789012,
+            "mongodb_users": [{"name": "a", "password": 123456789012}],
+        },
+        "mongodb_admin_password, mongodb_replica_set_key, mongodb_users, a: YAML",
+    ),
+    "storage_node": (
+        {"storage_node_store_password": 123456789012, "storage_node_audit_store_password": "text"},
+        "storage_node_store_password: YAML",
+    ),
+    "pipeline_app": (
+        {
+            "pipeline_app_service": "iot-x",
+            "pipeline_app_kafka_client": {"security_protocol": "SASL_SSL", "password": 12345678},
+        },
+        "the Kafka password of iot-x: YAML",
+    ),
+    "pki": (
+        {"pki_authority_key_passphrase": 12345678, "pki_key_passphrase": 12345678},
+        "pki_key_passphrase, pki_authority_key_passphrase: YAML",
+    ),
+}
+
+
+def test_a_password_that_yaml_takes_for_a_number_is_told_by_its_name(tmp_path: Path) -> None:
+    tasks: list[dict[str, Any]] = []
+    for name, (wrong, _) in NUMBERS.items():
+        role = ROOT / "roles" / name
+        given: dict[str, Any] = {}
+        for part in ("defaults", "vars"):
+            given |= yaml.safe_load((role / part / "main.yml").read_text())
+        check = [
+            task
+            for task in yaml.safe_load((role / "tasks/preflight.yml").read_text())
+            if task["name"] == "Check that passwords are text"
+        ]
+        assert check
+        for case, values in (("wrong", given | wrong), ("right", texts(given | wrong))):
+            file = str(tmp_path / f"{name}-{case}")
+            tell = {"dest": file, "content": "{{ ansible_failed_result.msg | default('well') }}"}
+            passed = {"ansible.builtin.copy": {"dest": file, "content": "well"}}
+            tasks.append(
+                {
+                    "vars": values,
+                    "block": [*check, passed],
+                    "rescue": [{"ansible.builtin.copy": tell}],
+                }
+            )
+    play = {"hosts": "all", "gather_facts": False, "tasks": tasks}
+    (tmp_path / "play.yml").write_text(json.dumps([play]))
+    done = run(tmp_path, {"hosts": {"one": None}}, "--connection=local", "play.yml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name, (_, reason) in NUMBERS.items():
+        assert (tmp_path / f"{name}-wrong").read_text().startswith(reason)
+        assert (tmp_path / f"{name}-right").read_text() == "well"
+
+
+def texts(value: Any) -> Any:
+    """Return the same with each number in quotes."""
+    if isinstance(value, dict):
+        return {key: texts(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [texts(each) for each in value]
+    return str(value) if isinstance(value, (int, float)) else value
