@@ -517,6 +517,29 @@ def test_a_service_is_restarted_only_for_a_reason(tmp_path: Path) -> None:
     play(tmp_path / "play", alone("one"), [tell])
 
 
+def test_the_gate_lets_a_sick_one_be_restarted_and_nobody_else(tmp_path: Path) -> None:
+    described = {
+        "kafka-topics.sh": LACKING.format("1,2"),
+        "kafka-metadata-quorum.sh": "NodeId\tLag\tStatus\n1\t0\tLeader\n3\t5000\tFollower\n",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, text in described.items():
+        tool = tmp_path / "bin" / name
+        tool.write_text(f"#!/bin/sh\ncat <<'END'\n{text}END\n")
+        tool.chmod(0o755)
+    members = {"kafka_broker_controllers": [*"abc"], "kafka_broker_brokers": [*"abc"]}
+    hosts = dict.fromkeys("abc", members | SCRAM | {"kafka_broker_health_timeout": 1})
+    gate = {
+        "ansible.builtin.include_tasks": str(ROLE / "tasks/health.yml"),
+        "vars": {"_kafka_broker_spared": "{{ kafka_broker_node_id }}"},
+    }
+    task = answering(tmp_path, gate, "passed") | {"vars": {"_kafka_broker_home": str(tmp_path)}}
+    play(tmp_path / "play", hosts, [task])
+    assert (tmp_path / "c").read_text() == "passed"
+    for other in "ab":
+        assert "playbooks/rolling-restart.yml -l" in (tmp_path / other).read_text()
+
+
 LACKING = "\tTopic: t\tPartition: 0\tLeader: 1\tReplicas: 1,2,3\tIsr: {}\tElr: \n"
 
 
