@@ -6,10 +6,10 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -270,39 +270,10 @@ def test_users_of_plain_are_in_the_file_that_java_is_told_of(rendered: Rendered)
     assert "java.security" not in rendered.text("scram-broker", "kafka.service")
 
 
-def as_systemd_reads_it(unit: str) -> dict[str, str]:
-    """Return the environment that systemd itself makes of a unit; it starts nothing."""
-    program = shutil.which("systemd", path="/lib/systemd:/usr/lib/systemd")
-    if not program:
-        pytest.skip("this machine has no systemd")
-    # Its test is not for root, and pytest's own folders are root's alone.
-    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        (folder / "tested.service").write_text(unit)
-        (folder / "run").mkdir()
-        (folder / "run").chmod(0o777)
-        done = subprocess.run(
-            [*nobody * (os.geteuid() == 0), program, "--test", "--user", "--unit=tested.service"],
-            env={
-                "HOME": name,
-                "PATH": os.defpath,
-                "XDG_RUNTIME_DIR": f"{name}/run",
-                "SYSTEMD_UNIT_PATH": f"{name}:/usr/lib/systemd/user",
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert "-> Unit tested.service:" in done.stdout, done.stdout + done.stderr
-    lines = done.stdout.partition("-> Unit tested.service:")[2].partition("-> Unit ")[0]
-    found = re.findall(r"^\s*Environment: (\w+)=(.*)$", lines, re.MULTILINE)
-    return dict(found)
-
-
-def test_java_gets_its_options_letter_by_letter(rendered: Rendered) -> None:
-    options = as_systemd_reads_it(rendered.text("odd-broker", "kafka.service"))["KAFKA_OPTS"]
+def test_java_gets_its_options_letter_by_letter(
+    rendered: Rendered, environment_of: Callable[[str], dict[str, str]]
+) -> None:
+    options = environment_of(rendered.text("odd-broker", "kafka.service"))["KAFKA_OPTS"]
     assert options.split(" ")[-len(JVM_OPTIONS) :] == JVM_OPTIONS
 
 

@@ -212,37 +212,62 @@ NUMBERS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def test_a_password_that_yaml_takes_for_a_number_is_told_by_its_name(tmp_path: Path) -> None:
+# Each with what would mean something else in a unit.
+UNFIT: dict[str, tuple[dict[str, Any], str]] = {
+    "couchdb": (
+        {"couchdb_data_dir": "/srv/100%/couchdb", "couchdb_bind_address": "a b"},
+        "couchdb_bind_address, couchdb_server_name, couchdb_data_dir cannot be written",
+    ),
+    "mongodb": (
+        {"mongodb_tls_key": "/srv/$x/key", "mongodb_server_name": "a'b"},
+        "mongodb_server_name, mongodb_tls_key cannot be written",
+    ),
+    "storage_node": (
+        {"storage_node_audit_record": '/srv/"/audit'},
+        "storage_node_audit_record cannot be written",
+    ),
+}
+
+
+def said_of(folder: Path, check: str, given: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Run one check of each role, with its defaults and what is given. Returns what was said."""
     tasks: list[dict[str, Any]] = []
-    for name, (wrong, _) in NUMBERS.items():
+    for name, values in given.items():
         role = ROOT / "roles" / name
-        given: dict[str, Any] = {}
+        known: dict[str, Any] = {}
         for part in ("defaults", "vars"):
-            given |= yaml.safe_load((role / part / "main.yml").read_text())
-        check = [
-            task
-            for task in yaml.safe_load((role / "tasks/preflight.yml").read_text())
-            if task["name"] == "Check that passwords are text"
-        ]
-        assert check
-        for case, values in (("wrong", given | wrong), ("right", texts(given | wrong))):
-            file = str(tmp_path / f"{name}-{case}")
-            tell = {"dest": file, "content": "{{ ansible_failed_result.msg | default('well') }}"}
-            passed = {"ansible.builtin.copy": {"dest": file, "content": "well"}}
-            tasks.append(
-                {
-                    "vars": values,
-                    "block": [*check, passed],
-                    "rescue": [{"ansible.builtin.copy": tell}],
-                }
-            )
+            known |= yaml.safe_load((role / part / "main.yml").read_text())
+        preflight = yaml.safe_load((role / "tasks/preflight.yml").read_text())
+        file = {"dest": str(folder / name)}
+        passed = {"ansible.builtin.copy": file | {"content": "well"}}
+        failed = {"ansible.builtin.copy": file | {"content": "{{ ansible_failed_result.msg }}"}}
+        checks = [task for task in preflight if task["name"] == check]
+        assert checks
+        tasks.append({"vars": known | values, "block": [*checks, passed], "rescue": [failed]})
     play = {"hosts": "all", "gather_facts": False, "tasks": tasks}
-    (tmp_path / "play.yml").write_text(json.dumps([play]))
-    done = run(tmp_path, {"hosts": {"one": None}}, "--connection=local", "play.yml")
+    (folder / "play.yml").write_text(json.dumps([play]))
+    done = run(folder, {"hosts": {"one": None}}, "--connection=local", "play.yml")
     assert done.returncode == 0, done.stdout + done.stderr
+    return {name: (folder / name).read_text() for name in given}
+
+
+def test_a_password_that_yaml_takes_for_a_number_is_told_by_its_name(tmp_path: Path) -> None:
+    check = "Check that passwords are text"
+    wrong = {name: values for name, (values, _) in NUMBERS.items()}
+    said = said_of(tmp_path, check, wrong)
     for name, (_, reason) in NUMBERS.items():
-        assert (tmp_path / f"{name}-wrong").read_text().startswith(reason)
-        assert (tmp_path / f"{name}-right").read_text() == "well"
+        assert said[name].startswith(reason)
+    right = {name: texts(values) for name, values in wrong.items()}
+    assert set(said_of(tmp_path, check, right).values()) == {"well"}
+
+
+def test_what_a_unit_cannot_carry_is_told_by_its_name(tmp_path: Path) -> None:
+    check = "Check what is written into a unit"
+    said = said_of(tmp_path, check, {name: values for name, (values, _) in UNFIT.items()})
+    for name, (_, reason) in UNFIT.items():
+        assert said[name].startswith(reason)
+    right = {"couchdb": {"couchdb_bind_address": "::1"}, "mongodb": {}, "storage_node": {}}
+    assert set(said_of(tmp_path, check, right).values()) == {"well"}
 
 
 def texts(value: Any) -> Any:
