@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add("report", _report, "show hosts, services, topics and images")
     add_topology(command)
 
-    command = add("audit", _audit, "run `iot-pipeline audit` on the storage host, with its options")
+    command = add("audit", _audit, "run `iot-pipeline audit` on a storage host, with its options")
     add_topology(command)
 
     command = add("health", _health, "tell what is wrong; exit status 0, 1, 2 or 3")
@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "dead-letters",
         _dead_letters,
-        "run `iot-pipeline dead-letters` on the storage host, with its options",
+        "run `iot-pipeline dead-letters` on a storage host, with its options",
     )
     add_topology(command)
 
@@ -227,7 +227,7 @@ def _dead_letters(options: argparse.Namespace) -> int:
 
 
 def _ask_storage(command: str, options: argparse.Namespace) -> int:
-    """Run a command of the apps on the storage host, which has settings for it."""
+    """Run a command of the apps on a storage host, which has settings for it."""
     storage = report.auditor(hosts.machines(options.topology))
     if storage is None:
         raise LabError("no host of the inventory is in the group storage_nodes")

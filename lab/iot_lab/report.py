@@ -12,7 +12,7 @@ from typing import Any
 from iot_lab import remote
 from iot_lab.console import Colour, duration, paint, table
 from iot_lab.hosts import Machine
-from iot_lab.shell import LabError
+from iot_lab.shell import LabError, first
 
 HERE = Path(__file__).parent
 RELEASE_PYTHON = "/opt/iot-pipeline/current/bin/python"
@@ -99,8 +99,16 @@ def _ask_storage(
 
 
 def auditor(machines: Sequence[Machine]) -> Machine | None:
-    """Return the machine that the audit runs on: the first that stores."""
-    return next((machine for machine in machines if "storage_nodes" in machine.groups), None)
+    """Return the machine that the audit runs on: of those that store, the first that answers.
+
+    It is the first one where none does, whose silence then tells why.
+    """
+    storage = [machine for machine in machines if "storage_nodes" in machine.groups]
+    if len(storage) < 2:
+        return first(storage)
+    answers = remote.everywhere(storage, lambda machine: remote.run(machine, "true", timeout=10))
+    answering = [machine for machine in storage if answers[machine.name].returncode == 0]
+    return first(answering or storage)
 
 
 def parse_host(machine: Machine, text: str) -> Host:

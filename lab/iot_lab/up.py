@@ -217,7 +217,7 @@ def _run(command: list[str], options: Options, name: str, folder: Path = paths.R
 
 def _first_images(machines: list[hosts.Machine]) -> None:
     """Wait until images are stored with their predictions. The verification judges the rest."""
-    if report.auditor(machines) is None:
+    if not any("storage_nodes" in machine.groups for machine in machines):
         return
     ends = time.monotonic() + FIRST_IMAGES_TIMEOUT
     shown = None

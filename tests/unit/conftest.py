@@ -1,7 +1,13 @@
 """What all unit tests share."""
 
 import logging
-from collections.abc import Iterator
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import settings
@@ -20,3 +26,40 @@ def own_logging() -> Iterator[None]:
     root.handlers[:] = handlers
     root.setLevel(levels[0])
     ours.setLevel(levels[1])
+
+
+@pytest.fixture
+def environment_of() -> Callable[[str], dict[str, str]]:
+    """Gives what systemd itself makes of a unit: the environment of its processes."""
+    return _environment_of
+
+
+def _environment_of(unit: str) -> dict[str, str]:
+    """Return the environment that systemd itself makes of a unit; it starts nothing."""
+    program = shutil.which("systemd", path="/lib/systemd:/usr/lib/systemd")
+    if not program:
+        pytest.skip("this machine has no systemd")
+    # Its test is not for root, and pytest's own folders are root's alone.
+    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "tested.service").write_text(unit)
+        (folder / "run").mkdir()
+        (folder / "run").chmod(0o777)
+        done = subprocess.run(
+            [*nobody * (os.geteuid() == 0), program, "--test", "--user", "--unit=tested.service"],
+            env={
+                "HOME": name,
+                "PATH": os.defpath,
+                "XDG_RUNTIME_DIR": f"{name}/run",
+                "SYSTEMD_UNIT_PATH": f"{name}:/usr/lib/systemd/user",
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert "-> Unit tested.service:" in done.stdout, done.stdout + done.stderr
+    lines = done.stdout.partition("-> Unit tested.service:")[2].partition("-> Unit ")[0]
+    found = re.findall(r"^\s*Environment: (\w+)=(.*)$", lines, re.MULTILINE)
+    return dict(found)

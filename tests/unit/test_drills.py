@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,37 @@ def test_the_audit_judges_what_was_added(
     added, found = run._judge(lab, BEFORE, letters)  # type: ignore[arg-type]
     assert found == wrong
     assert added["produced"] == seen[0] - 50
+
+
+def test_only_the_drills_own_dead_letters_are_dropped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def letter(position: str, topic: str, offset: int) -> str:
+        found = {"position": position, "source_topic": topic, "source_partition": 1}
+        return json.dumps(found | {"source_offset": offset})
+
+    listed = [letter("0:1", "t", 5), letter("0:2", "t", 6), letter("0:3", "u", 5)]
+    listed += [letter("0:4", "t", 5), letter("0:5", "t", 7), letter("0:6", "t", 50)]
+    program = tmp_path / "iot-pipeline"
+    program.write_text(
+        f'#!/bin/sh\necho "$*" >> {tmp_path}/said\n'
+        + "\n".join(f"echo '{line}'" for line in listed)
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr("iot_lab.remote.command", lambda *_: ["bash", "-es"])
+    monkeypatch.setattr(run, "AT_ONCE", 2)
+    lab = types.SimpleNamespace(machines=LAB, sent={("t", 1, 5), ("t", 1, 7)})
+    run.drop_letters(lab)  # type: ignore[arg-type]
+    assert (tmp_path / "said").read_text().splitlines() == [
+        "dead-letters list --json",
+        "dead-letters drop --yes 0:1 0:4",
+        "dead-letters drop --yes 0:5",
+    ]
+    lab.sent.clear()
+    (tmp_path / "said").unlink()
+    run.drop_letters(lab)  # type: ignore[arg-type]
+    assert not (tmp_path / "said").exists()
 
 
 def test_the_page_has_a_line_for_each_blow(tmp_path: Path) -> None:

@@ -356,8 +356,10 @@ def test_a_controller_that_never_joined(world: World) -> None:
             {"partitions": waiting(1, 20.0, moved=True) + waiting(1, 61.0, moved=False)},
             ("group-stalled", "critical", ""),
         ),
-        # Its leader does not answer, which other findings tell.
-        ({"partitions": waiting(1, None)}, None),
+        # Of some the brokers tell no time, since the heads of others fill an answer.
+        ({"partitions": waiting(1, None) + waiting(1, 1.0)}, None),
+        ({"partitions": waiting(0, None)}, None),
+        ({"partitions": waiting(1, None)}, ("not-known", "warning", "")),
         ({"members": 0, "state": "Empty"}, ("group-stalled", "critical", "")),
         ({"error": "no coordinator", "partitions": []}, ("group-stalled", "critical", "")),
     ],
@@ -369,11 +371,29 @@ def test_a_group(
     assert world.findings() == ([finding] if finding else [])
 
 
-@pytest.mark.parametrize("count, wrong", [(0, False), (1, True), (None, False)])
+@pytest.mark.parametrize("count, wrong", [(0, False), (1, True), (None, True)])
 def test_dead_letters(world: World, count: int | None, wrong: bool) -> None:
     world.looks["storage"]["dead_letters"] = count
     assert world.findings() == ([("dead-letters", "warning", "storage")] if wrong else [])
     assert world.report()["status"] == ("warning" if wrong else "ok")
+
+
+def test_one_host_that_can_count_dead_letters_is_enough(world: World) -> None:
+    world.looks["inference"]["dead_letters"] = None
+    world.looks["storage"]["dead_letters"] = 0
+    assert world.findings() == []
+    assert world.report()["dead_letters"] == 0
+
+
+def test_a_figure_that_was_asked_for_and_is_not_told_is_not_well(world: World) -> None:
+    for figure in ("end", "min_isr"):
+        world.see(partitions=[partition("iot-topic", 1, **{figure: None})])
+        assert world.findings() == [("not-known", "warning", "")]
+        # Nobody asks for it, or who is lost cannot tell.
+        world.see(partitions=[partition("__consumer_offsets", 1, end=None)])
+        assert world.findings() == []
+    world.looks["storage"]["services"][0]["metrics"] = {}
+    assert world.findings() == [("not-known", "warning", "storage")]
 
 
 def test_the_database(world: World) -> None:
@@ -410,6 +430,8 @@ AUDIT = {"at": "2026-11-22T11:00:00Z", "produced": 9, "missing": 0, "duplicated"
     [
         (AUDIT, None),
         ({}, ("audit-stale", "warning", "storage")),
+        (AUDIT | {"missing": None}, ("not-known", "warning", "storage")),
+        ({"produced": 1}, ("not-known", "warning", "storage")),
         (AUDIT | {"at": "2026-11-22T08:59:00Z"}, ("audit-stale", "warning", "storage")),
         (AUDIT | {"missing": 1}, ("audit-missing", "critical", "storage")),
         (AUDIT | {"duplicated": 1}, ("audit-missing", "critical", "storage")),

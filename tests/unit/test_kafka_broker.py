@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -53,6 +54,17 @@ def scattered() -> dict[str, Any]:
     return dict.fromkeys(("c1", "b1", "b2"), members | SCRAM)
 
 
+# What systemd or a shell would take for something of its own.
+JVM_OPTIONS = [
+    "-Xlog:gc*:file=/var/log/kafka/gc-%t-%p.log",
+    '-Da="quoted"',
+    "-Db='quoted'",
+    "-Dc=c:\\new\\temp\\",
+    "-Dd=$HOME${HOME}`id`",
+    "-De=100%",
+    "-Df=#;é",
+]
+
 HOSTS = {
     **alone("none-broker", kafka_broker_authentication="none"),
     **alone("scram-broker", kafka_broker_rack="rack-1"),
@@ -61,6 +73,7 @@ HOSTS = {
         kafka_broker_authentication="plain",
         kafka_broker_users=[{"name": "iot-producer", "password": "of-the-producer"}],
     ),
+    **alone("odd-broker", kafka_broker_jvm_options=JVM_OPTIONS),
     **alone(
         "mtls-broker", kafka_broker_authentication="mtls", kafka_broker_super_users=["monitoring"]
     ),
@@ -86,7 +99,8 @@ def play(folder: Path, hosts: dict[str, Any], tasks: list[dict[str, Any]]) -> No
     }
     inventory = {"all": {"hosts": hosts, "vars": defaults | known}}
     (folder / "hosts.yml").write_text(json.dumps(inventory))
-    (folder / "templates").symlink_to(ROLE / "templates")
+    for part in ("templates", "filter_plugins"):
+        (folder / part).symlink_to(ROLE / part)
     variables = [str(ROLE / "vars/main.yml")]
     start = {"hosts": "all", "gather_facts": False, "vars_files": variables, "tasks": tasks}
     (folder / "play.yml").write_text(json.dumps([start]))
@@ -256,6 +270,25 @@ def test_users_of_plain_are_in_the_file_that_java_is_told_of(rendered: Rendered)
     assert "java.security" not in rendered.text("scram-broker", "kafka.service")
 
 
+def test_java_gets_its_options_letter_by_letter(
+    rendered: Rendered, environment_of: Callable[[str], dict[str, str]]
+) -> None:
+    options = environment_of(rendered.text("odd-broker", "kafka.service"))["KAFKA_OPTS"]
+    assert options.split(" ")[-len(JVM_OPTIONS) :] == JVM_OPTIONS
+
+
+def test_recovery_is_not_cut_off_and_a_play_waits_only_so_long(rendered: Rendered) -> None:
+    assert "TimeoutStartSec=infinity" in rendered.text("scram-broker", "kafka.service")
+    starting = [
+        task
+        for name in ("start", "restart")
+        for task in yaml.safe_load((ROLE / f"tasks/{name}.yml").read_text())
+        if "ansible.builtin.systemd_service" in task or "ansible.builtin.command" in task
+    ]
+    assert len(starting) == 3
+    assert all("kafka_broker_start_timeout" in task["timeout"] for task in starting)
+
+
 def test_another_password_restarts_only_where_brokers_read_it_at_their_start(
     rendered: Rendered,
 ) -> None:
@@ -286,6 +319,30 @@ def test_a_certificate_is_the_user_of_its_common_name(
     assert (found[1] if found else None) == user
 
 
+# Settings that the role needs to know, with the variable that says each.
+OWNED = {
+    "log.dirs": "kafka_broker_data_dir",
+    "log.dir": "kafka_broker_data_dir",
+    "metadata.log.dir": "kafka_broker_data_dir",
+    "node.id": "kafka_broker_node_id",
+    "broker.id": "kafka_broker_node_id",
+    "broker.rack": "kafka_broker_rack",
+    "process.roles": "kafka_broker_controllers",
+    "controller.quorum.bootstrap.servers": "kafka_broker_controllers",
+    "controller.quorum.voters": "kafka_broker_controllers",
+    "listeners": "kafka_broker_bind_address",
+    "advertised.listeners": "kafka_broker_advertised_host",
+    "listener.security.protocol.map": "kafka_broker_authentication",
+    "inter.broker.listener.name": "kafka_broker_authentication",
+    "sasl.enabled.mechanisms": "kafka_broker_authentication",
+    "listener.name.client.ssl.client.auth": "kafka_broker_authentication",
+    "listener.name.client.scram-sha-512.sasl.jaas.config": "kafka_broker_users",
+    "ssl.keystore.location": "kafka_broker_tls_certificate",
+    "listener.name.broker.ssl.truststore.location": "kafka_broker_tls_ca",
+    "super.users": "kafka_broker_super_users",
+    "broker.session.timeout.ms": "kafka_broker_session_timeout_ms",
+}
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": (
         {"kafka_broker_authentication": "kerberos"},
@@ -300,6 +357,37 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
             "kafka_broker_users": [{"name": "kafka", "password": PASSWORD}],
         },
         "kafka_broker_users names kafka",
+    ),
+    "blank-in-option": ({"kafka_broker_jvm_options": ["-Da=1 -Db=2"]}, '"-Da=1 -Db=2"'),
+    "no-option": ({"kafka_broker_jvm_options": ["Xmx1g"]}, '"Xmx1g"'),
+    "two-lines": ({"kafka_broker_jvm_options": ["-Da\x07"]}, "kafka_broker_jvm_options holds"),
+    "odd-folder": ({"kafka_broker_data_dir": "/srv/100%/kafka"}, 'dir is "/srv/100%/kafka"'),
+    "folder-with-blank": ({"kafka_broker_data_dir": "/srv/my kafka"}, 'dir is "/srv/my kafka"'),
+    "two-folders": ({"kafka_broker_data_dir": "/data1/k,/data2/k"}, 'dir is "/data1/k,/data2/k"'),
+    "odd-address": ({"kafka_broker_bind_address": "a;b"}, 'kafka_broker_bind_address is "a;b"'),
+    "odd-version": ({"kafka_broker_version": 4.3}, "kafka_broker_version is 4.3"),
+    "number": ({"kafka_broker_admin_password": 12345678}, "kafka_broker_admin_password: YAML"),
+    "number-of-user": (
+        {
+            "kafka_broker_authentication": "plain",
+            "kafka_broker_users": [{"name": "u", "password": 12345678}],
+        },
+        "kafka_broker_users, u: YAML",
+    ),
+    "odd-settings": (
+        {
+            "kafka_broker_config_overrides": {
+                "a\nlog.dirs": "/x",
+                "b": [2],
+                "c": None,
+                "d": "1\nlog.dirs=/x",
+            }
+        },
+        "log.dirs, b, c, d. Each setting needs a name",
+    ),
+    "owned-settings": (
+        {"kafka_broker_config_overrides": dict.fromkeys(OWNED, "1")},
+        "must know itself",
     ),
     "no-certificate": (
         {"kafka_broker_tls_certificate": "/nonexistent/host.pem"},
@@ -316,13 +404,18 @@ def test_what_cannot_work_is_refused_with_its_reason(tmp_path: Path) -> None:
     for name, (variables, _) in WRONG.items():
         hosts |= alone(name, **files | variables)
     # Each differs from this one, which passes, in one thing alone.
-    hosts |= alone("right", **files)
+    fine = {"log.cleaner.threads": 2, "auto.create.topics.enable": True, "ssl.cipher.suites": "x"}
+    more = {"kafka_broker_config_overrides": fine, "kafka_broker_jvm_options": JVM_OPTIONS}
+    hosts |= alone("right", **files, **more)
     preflight = {"ansible.builtin.include_tasks": str(ROLE / "tasks/preflight.yml")}
     play(tmp_path / "play", hosts, [answering(tmp_path, preflight, "passed")])
     assert (tmp_path / "right").read_text() == "passed"
     for name, (_, reason) in WRONG.items():
         assert reason in (tmp_path / name).read_text()
         assert 'quote"inside' not in (tmp_path / name).read_text()
+    owned = (tmp_path / "owned-settings").read_text()
+    for name, variable in OWNED.items():
+        assert re.search(rf"^{name}: set .*{variable}\b.* instead", owned, re.MULTILINE), owned
 
 
 @pytest.mark.parametrize(
@@ -395,14 +488,49 @@ def test_a_service_is_restarted_only_for_a_reason(tmp_path: Path) -> None:
     play(tmp_path / "play", alone("one"), [tell])
 
 
-@pytest.mark.parametrize("answer, order", [("LeaderId:  2\n", "a c b"), ("", "a b c")])
-def test_the_leader_of_the_controllers_is_restarted_last(
-    tmp_path: Path, answer: str, order: str
+def test_the_gate_lets_a_sick_one_be_restarted_and_nobody_else(tmp_path: Path) -> None:
+    described = {
+        "kafka-topics.sh": LACKING.format("1,2"),
+        "kafka-metadata-quorum.sh": "NodeId\tLag\tStatus\n1\t0\tLeader\n3\t5000\tFollower\n",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, text in described.items():
+        tool = tmp_path / "bin" / name
+        tool.write_text(f"#!/bin/sh\ncat <<'END'\n{text}END\n")
+        tool.chmod(0o755)
+    members = {"kafka_broker_controllers": [*"abc"], "kafka_broker_brokers": [*"abc"]}
+    hosts = dict.fromkeys("abc", members | SCRAM | {"kafka_broker_health_timeout": 1})
+    gate = {
+        "ansible.builtin.include_tasks": str(ROLE / "tasks/health.yml"),
+        "vars": {"_kafka_broker_spared": "{{ kafka_broker_node_id }}"},
+    }
+    task = answering(tmp_path, gate, "passed") | {"vars": {"_kafka_broker_home": str(tmp_path)}}
+    play(tmp_path / "play", hosts, [task])
+    assert (tmp_path / "c").read_text() == "passed"
+    for other in "ab":
+        assert "playbooks/rolling-restart.yml -l" in (tmp_path / other).read_text()
+
+
+LACKING = "\tTopic: t\tPartition: 0\tLeader: 1\tReplicas: 1,2,3\tIsr: {}\tElr: \n"
+
+
+@pytest.mark.parametrize(
+    "answer, described, order",
+    [
+        ("LeaderId:  2\n", "", "a c b"),
+        ("", "", "a b c"),
+        ("LeaderId:  1\n", LACKING.format("1,2"), "c b a"),
+        ("LeaderId:  2\n", LACKING.format("1,3"), "b a c"),
+    ],
+)
+def test_the_one_that_is_missing_is_restarted_first_and_the_controllers_leader_last(
+    tmp_path: Path, answer: str, described: str, order: str
 ) -> None:
     members = {
         "kafka_broker_controllers": ["a", "b", "c"],
         "kafka_broker_brokers": ["a", "b", "c"],
         "__kafka_broker_leader": {"stdout": answer},
+        "__kafka_broker_lacked": {"stdout": described},
     }
     content = {"content": "{{ _kafka_broker_order | join(' ') }}"}
     write = {"ansible.builtin.copy": content | {"dest": f"{tmp_path}/{{{{ inventory_hostname }}}}"}}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from iot_lab.console import duration, table
@@ -11,6 +13,7 @@ from iot_lab.report import (
     Host,
     Pipeline,
     Service,
+    auditor,
     is_healthy,
     parse_host,
     render_hosts,
@@ -60,6 +63,27 @@ AUDIT = {
     "latency_p50": 0.12,
     "latency_p95": 0.456,
 }
+
+
+@pytest.mark.parametrize(
+    "answering, asked",
+    [({"s1", "s2"}, "s1"), ({"s2", "s3"}, "s2"), ({"s3", "broker"}, "s3"), (set(), "s1")],
+)
+def test_the_first_storage_host_that_answers_is_asked(
+    monkeypatch: pytest.MonkeyPatch, answering: set[str], asked: str
+) -> None:
+    def command(machine: Machine, *words: str) -> list[str]:
+        # What ssh does with a host that is there, and with one that is not.
+        return [*words] if machine.name in answering else ["sh", "-c", "exit 255"]
+
+    monkeypatch.setattr("iot_lab.remote.command", command)
+    storage = [replace(STORAGE, name=name) for name in ("s1", "s2", "s3")]
+    assert auditor([BROKER, *storage]) == storage[int(asked[1]) - 1]
+
+
+def test_where_nobody_stores_nobody_is_asked() -> None:
+    assert auditor([BROKER]) is None
+    assert auditor([BROKER, STORAGE]) is STORAGE
 
 
 def test_a_hosts_answer_is_read() -> None:

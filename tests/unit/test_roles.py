@@ -275,6 +275,40 @@ def other_roles_are_left_alone(role: Path) -> list[str]:
     return found
 
 
+def preflight(role: Path) -> str:
+    path = role / "tasks/preflight.yml"
+    return path.read_text() if path.exists() else ""
+
+
+def units_are_told_only_what_was_checked(role: Path) -> list[str]:
+    """Text in a unit is escaped, or a preflight refuses what systemd would take for its own."""
+    free = {
+        name
+        for name, spec in options(role).items()
+        if spec.get("type") in {"str", "path", "list", "dict", "raw"} and "choices" not in spec
+    }
+    return [
+        f"{path.relative_to(role)}: {name} is neither escaped nor checked"
+        for path in sorted(role.glob("templates/*.j2"))
+        if path.name.endswith((".service.j2", ".timer.j2")) or "[Service]" in path.read_text()
+        for expression in re.findall(r"{{.*?}}", path.read_text(), re.DOTALL)
+        if "replace('%', '%%')" not in expression
+        for name in sorted(free & set(re.findall(r"\w+", expression)))
+        if name not in preflight(role)
+    ]
+
+
+def passwords_are_text(role: Path) -> list[str]:
+    """YAML takes digits for a number, which has no length and may be another one than was meant."""
+    checks = [t for _, t in role_tasks(role) if t.get("name") == "Check that passwords are text"]
+    return [
+        f"{name}: nothing tells that it must be text"
+        for name in options(role)
+        if name.endswith(("_password", "_passphrase", "_set_key"))
+        if f"{name} is not string" not in str(checks)
+    ]
+
+
 RULES: list[Rule] = [
     files_are_there,
     every_option_has_its_default,
@@ -287,6 +321,8 @@ RULES: list[Rule] = [
     network_tasks_are_retried,
     facts_are_not_injected,
     other_roles_are_left_alone,
+    units_are_told_only_what_was_checked,
+    passwords_are_text,
 ]
 
 
@@ -367,6 +403,19 @@ BREACHES: list[tuple[Rule, dict[str, str], str]] = [
         other_roles_are_left_alone,
         {"templates/x.j2": "{{ kafka_resources_topics }}"},
         "kafka_resources_topics belongs to kafka_resources",
+    ),
+    (
+        units_are_told_only_what_was_checked,
+        {
+            "meta/argument_specs.yml": "argument_specs: {main: {options: {bad_dir: {type: path}}}}",
+            "templates/x.service.j2": "ReadWritePaths={{ bad_dir }}",
+        },
+        "bad_dir is neither escaped nor checked",
+    ),
+    (
+        passwords_are_text,
+        {"meta/argument_specs.yml": "argument_specs: {main: {options: {bad_password: {}}}}"},
+        "bad_password: nothing tells",
     ),
 ]
 

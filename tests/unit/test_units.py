@@ -3,6 +3,7 @@ little, from 0 for nothing to 10 for everything."""
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +107,12 @@ def test_services_are_confined(
 
 def test_a_service_that_is_not_confined_is_told(tmp_path: Path) -> None:
     assert analysis(PACKAGE_UNITS["couchdb"], tmp_path, 4.0).returncode == 1
+
+
+def test_a_process_gets_its_environment_letter_by_letter(
+    environment_of: Callable[[str], dict[str, str]],
+) -> None:
+    values = {"A": "100%", "B": 'a "quoted" word', "C": "c:\\new", "D": "$HOME", "E": "'"}
+    unit = rendered("pipeline_app", "service.j2", pipeline_app_environment=values)
+    found = environment_of(unit.replace("Type=notify", "Type=exec"))
+    assert {name: found[name] for name in values} == values

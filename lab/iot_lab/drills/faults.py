@@ -31,6 +31,10 @@ ROOM_MB = 48  # free on the small volume, beside a quarter of it
 PATIENCE = 300.0  # seconds that the lab has to be whole again
 
 
+Place = tuple[str, int, int]
+"""Topic, partition and offset of a record."""
+
+
 class Lab:
     """The running lab of a topology, as drills need it."""
 
@@ -39,6 +43,8 @@ class Lab:
         self.machines = hosts.machines(topology)
         self.start_load: Callable[[], None] = lambda: None
         """Have the producers send as fast as the drill wants it; hosts that are new do not."""
+        self.sent: set[Place] = set()
+        """Where the records are that were sent to become dead letters."""
         self.look()
 
     def look(self) -> None:
@@ -295,13 +301,19 @@ def rebuild(lab: Lab, machines: Sequence[Machine], step: Step) -> Iterator[None]
 
 @contextmanager
 def send(lab: Lab, machines: Sequence[Machine], step: Step) -> Iterator[None]:
-    """Run a script of tests/drills/on_host with the apps' Python, as root."""
+    """Run a script of tests/drills/on_host with the apps' Python, as root.
+
+    It prints where the records are that it has sent, as a list of topic, partition and offset.
+    """
     script = (FOLDER / "on_host" / step.argument["script"]).read_text()
     words = ["sudo", report.RELEASE_PYTHON, "-", *map(str, step.argument.get("arguments", []))]
     for machine in machines:
         done = remote.run(machine, shlex.join(words), script=script, timeout=900)
         if done.returncode:
             raise LabError(f"{machine.name}: {done.stderr.strip()[-2000:]}")
+        lab.sent |= {
+            (topic, partition, offset) for topic, partition, offset in json.loads(done.stdout)
+        }
     yield
 
 

@@ -33,11 +33,13 @@ HINTS = {
     "audit-stale": "on {host}: systemctl status iot-audit.timer; sudo journalctl -u iot-audit",
     "clock-offset": "on {host}: timedatectl; is a time server reachable?",
     "dead-letters": "on {host}: sudo iot-pipeline dead-letters list",
+    "not-known": "look again; if it lasts, ask where the detail says",
 }
 NAMES = tuple(HINTS)
 # Those of them that say that something is away altogether.
 AWAY = ("host-unreachable", "broker-lost", "quorum-voter-lost", "database-down")
 SHOWN = 4  # of what may be many
+AUDITED = ("produced", "missing", "duplicated")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def judge_hosts(looks: Mapping[str, Data], limits: Data) -> Iterator[Finding]:
             said = str(look.get("msg") or "it was not asked").strip().splitlines()
             yield find("host-unreachable", CRITICAL, host, said[-1])
             continue
-        yield from judge_services(host, look["services"])
+        yield from judge_services(host, look["services"], limits["sinks"])
         yield from judge_disks(host, look["disks"], limits)
         yield from judge_certificates(host, look["certificates"], limits)
         yield from judge_clock(host, look.get("clock"), limits)
@@ -85,7 +87,9 @@ def judge_hosts(looks: Mapping[str, Data], limits: Data) -> Iterator[Finding]:
             yield find("database-down", CRITICAL, host, problem)
 
 
-def judge_services(host: str, services: Iterable[Data]) -> Iterator[Finding]:
+def judge_services(
+    host: str, services: Iterable[Data], sinks: Mapping[str, str]
+) -> Iterator[Finding]:
     """Judge units. One that was stopped by a signal is active for systemd, but answers nobody."""
     for each in services:
         unit = each["unit"]
@@ -94,6 +98,9 @@ def judge_services(host: str, services: Iterable[Data]) -> Iterator[Finding]:
         elif each["problem"]:
             detail = f"{unit} runs, but gives {each['problem']}"
             yield find("service-down", CRITICAL, host, detail, unit=unit)
+        elif sinks.get(unit) and "iot_sink_up" not in each["metrics"]:
+            detail = f"whether {unit} can write: its metrics have no iot_sink_up"
+            yield find("not-known", WARNING, host, detail)
 
 
 def judge_disks(host: str, disks: Iterable[Data], limits: Data) -> Iterator[Finding]:
@@ -184,6 +191,31 @@ def judge_kafka(states: Mapping[str, Data], limits: Data) -> Iterator[Finding]:
     yield from judge_quorum(view["quorum"], limits)
     for group in view["groups"]:
         yield from judge_group(group, limits)
+    # What a broker that is lost does not tell is no second thing to mend.
+    if not lost:
+        yield from judge_gaps(view)
+
+
+def judge_gaps(view: Data) -> Iterator[Finding]:
+    """Judge what brokers were asked for and did not tell: what is not known is not well."""
+    present = {broker["id"] for broker in view["brokers"]}
+    # Nobody asks for those of Kafka's own topics.
+    asked = [
+        each
+        for each in view["partitions"]
+        if each["leader"] in present and not each["topic"].startswith("__")
+    ]
+    for figure, what in (("end", "the last offset"), ("min_isr", "min.insync.replicas")):
+        names = [f"{p['topic']}-{p['partition']}" for p in asked if p[figure] is None]
+        if names:
+            yield find(
+                "not-known", WARNING, "", f"{what} of {some(names)}: kafka-topics --describe"
+            )
+    for group in view["groups"]:
+        waiting = [each["seconds"] for each in group["partitions"] if each["lag"]]
+        if waiting and not any(seconds is not None for seconds in waiting):
+            detail = f"for how long records wait for {group['name']}: its hosts' journals"
+            yield find("not-known", WARNING, "", detail)
 
 
 def last_line(result: Data) -> str:
@@ -280,10 +312,20 @@ def backlog(group: Data) -> tuple[int, float]:
 
 def dead_letters(looks: Mapping[str, Data]) -> tuple[str, int | None]:
     """Return who counted the open dead letters, and how many; None where nobody could."""
-    for host, look in looks.items():
-        if look.get("dead_letters") is not None:
-            return host, look["dead_letters"]
-    return "", None
+    asked = {host: look["dead_letters"] for host, look in looks.items() if "dead_letters" in look}
+    counted = ((host, count) for host, count in asked.items() if count is not None)
+    return next(counted, (next(iter(asked), ""), None))
+
+
+def judge_letters(looks: Mapping[str, Data], limits: Data) -> Iterator[Finding]:
+    """Judge the open dead letters."""
+    host, count = dead_letters(looks)
+    if host and count is None:
+        detail = "they could not be counted in time: there are very many, or no broker answers"
+        yield find("dead-letters", WARNING, host, detail)
+    elif count and count > limits["dead_letters"]:
+        detail = f"{count} records could not be handled, and nobody has looked after them"
+        yield find("dead-letters", WARNING, host, detail)
 
 
 def judge_sight(
@@ -335,6 +377,9 @@ def judge_audit(looks: Mapping[str, Data], limits: Data, at: datetime) -> Iterat
     if not audit:
         yield find("audit-stale", WARNING, host, "no audit has been recorded yet")
         return
+    if not all(isinstance(audit.get(name), int) for name in AUDITED) or not audit.get("at"):
+        yield find("not-known", WARNING, host, "what the last audit found: sudo iot-pipeline audit")
+        return
     hours = (at - datetime.fromisoformat(audit["at"])).total_seconds() / 3600
     if hours > limits["audit_age_hours"]:
         detail = f"the last audit that came to an end was {hours:.1f} hours ago"
@@ -364,10 +409,7 @@ def report(
     told = {(finding.name, finding.host) for finding in found}
     found += [f for f in judge_sight(looks, found, limits) if (f.name, f.host) not in told]
     found += judge_audit(looks, limits, moment)
-    host, letters = dead_letters(looks)
-    if letters and letters > limits["dead_letters"]:
-        detail = f"{letters} records could not be handled, and nobody has looked after them"
-        found.append(find("dead-letters", WARNING, host, detail))
+    found += judge_letters(looks, limits)
     found.sort(key=lambda f: (f.severity != CRITICAL, NAMES.index(f.name), f.host))
     viewer, view = best_view(states)
     severities = {finding.severity for finding in found}
@@ -383,7 +425,7 @@ def report(
             "asked_from": viewer,
             **{name: value for name, value in view.items() if name in SHOWN_OF_KAFKA},
         },
-        "dead_letters": letters,
+        "dead_letters": dead_letters(looks)[1],
         "audit": last_audit(looks)[1],
     }
 
@@ -434,7 +476,7 @@ def text(found: Data) -> str:
     letters = "not known" if found["dead_letters"] is None else found["dead_letters"]
     lines += ["", f"  Open dead letters: {letters}"]
     audit = found["audit"]
-    if audit:
+    if audit and all(name in audit for name in ("at", *AUDITED)):
         counts = f"{audit['produced']} produced, {audit['missing']} missing"
         lines += [f"  Last audit at {audit['at']}: {counts}, {audit['duplicated']} twice"]
     return "\n".join(lines)

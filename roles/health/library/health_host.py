@@ -112,7 +112,8 @@ audit:
   description: What the last audit has left. Null without audit_record, empty where there is none.
   type: dict
 dead_letters:
-  description: Number of open dead letters. Null where it could not be found out.
+  description: Number of open dead letters. Null where it could not be found out in time, and missing
+    without dead_letters_command.
   type: int
 clock:
   description: The least and the most by which this host's clock may be ahead of the control host's,
@@ -353,7 +354,7 @@ def look(parameters: Mapping[str, Any]) -> dict[str, Any]:
             },
             "database": asked.result(),
             "audit": last_audit(parameters["audit_record"]),
-            "dead_letters": letters.result(),
+            **({"dead_letters": letters.result()} if parameters["dead_letters_command"] else {}),
         }
 
 

@@ -176,12 +176,12 @@ class Senders:
         """One record that is small only as long as it is compressed."""
         self._pending.append(random.choice(self._clients[3:]).send(self._topic, value=BOMB))
 
-    def finish(self) -> None:
-        """Return once the broker has taken all."""
-        for future in self._pending:
-            future.get(timeout=60)
+    def finish(self) -> list[tuple[str, int, int]]:
+        """Return once the broker has taken all, with the place of each."""
+        places = [future.get(timeout=60) for future in self._pending]
         for client in self._clients:
             client.close()
+        return [(place.topic, place.partition, place.offset) for place in places]
 
 
 def main(count: int, rate: float) -> None:
@@ -199,7 +199,8 @@ def main(count: int, rate: float) -> None:
             content["Data"] = base64.b64encode(random.choice(PICTURES)()).decode()
             senders.send(random.choice((content["ID"].encode(), None)), bytes_of(content))
         time.sleep(max(0.0, began + number / rate - time.monotonic()))
-    senders.finish()
+    # So that who sent them can clean up after them.
+    print(json.dumps(senders.finish()))
 
 
 if __name__ == "__main__":
