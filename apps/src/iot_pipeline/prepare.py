@@ -24,8 +24,8 @@ from iot_pipeline.classifier import (
 )
 from iot_pipeline.engines import choose_precision, find_engine
 from iot_pipeline.errors import ConfigError, Exit, PipelineError
-from iot_pipeline.infer import open_image
 from iot_pipeline.model import Model, Ranges, find_model
+from iot_pipeline.pictures import open_image
 from iot_pipeline.settings import PrepareModelSettings
 from iot_pipeline.sources import open_source
 
