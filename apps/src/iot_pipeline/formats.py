@@ -1,6 +1,6 @@
-"""The image formats that the pipeline takes: the one list, for whoever sends and whoever classifies.
+"""The image formats that the pipeline takes: one list for those who send and those who classify.
 
-They are what cameras and browsers make, and the portable formats that data sets of research come in.
+They are what cameras and browsers make, and the portable formats of data sets for research.
 Pillow reads more, some of it through other programs.
 """
 

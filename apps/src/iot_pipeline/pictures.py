@@ -1,10 +1,10 @@
 """Pictures from strangers: the pixels that a viewer shows, or the reason why there are none.
 
-What is shown of a picture does not depend on how its file keeps it: values of 16 bits are scaled to
-8, what is transparent lies over white, and the picture is turned as its EXIF orientation says. Of an
-animation or of several pages it is the first. Colour profiles are not applied.
+The pixels do not depend on how a file keeps them: values of 16 bits are scaled to 8, what is
+transparent lies over white, and the picture is turned as its EXIF orientation says. Of an animation
+or of several pages it is the first. Colour profiles are not applied.
 
-Metadata decide nothing else. What of them is damaged or large refuses no picture.
+Metadata decide nothing else. Neither damage nor size of them refuses a picture.
 """
 
 from __future__ import annotations
