@@ -121,7 +121,8 @@ def run(
         sender = FakeSender(list(answers), limit)
         monkeypatch.setattr(produce, "connect", lambda _make, _service, _servers: sender)
         chosen = ProduceSettings(**{"count": 3, **settings})
-        return produce._produce(chosen, service, source), sender  # type: ignore[arg-type]
+        outage = produce._Outage(chosen, service)  # type: ignore[arg-type]
+        return produce._produce(chosen, service, source, outage), sender  # type: ignore[arg-type]
 
     return run
 
