@@ -37,6 +37,9 @@ KEPT_BY_SYSTEMS = frozenset(
 )
 """Folders, in lower case, that are no classes though their names do not begin with a dot."""
 
+TOP = "images"
+"""The folder that packed images lie in: an archive whose classes lie in one folder is no riddle."""
+
 LASTING = frozenset(
     (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EINVAL)
 )
@@ -76,7 +79,7 @@ def walk(
     Args:
         root: the folder.
         unreadable: told the relative path of what may not be read; it may raise.
-        heartbeat: called often; what it raises ends the walk.
+        heartbeat: called often while there is something to read; what it raises ends the walk.
 
     Yields:
         Paths relative to `root`.
@@ -87,28 +90,47 @@ def walk(
     pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while pending:
         folder, above = pending.pop()
-        heartbeat()
+        if folder:
+            heartbeat()
         try:
             status = (root / folder).stat()
             here = (status.st_dev, status.st_ino)
             if here in above:
                 continue
-            with os.scandir(root / folder) as entries:
-                for number, entry in enumerate(entries):
-                    if number % _ENTRIES_BETWEEN_HEARTBEATS == 0:
-                        heartbeat()
-                    path = f"{folder}/{entry.name}" if folder else entry.name
-                    kind = _kind_of(entry, path, unreadable)
-                    if kind == "file":
-                        yield path
-                    elif kind == "folder" and not is_left_out(entry.name):
-                        pending.append((path, above | {here}))
+            for name, kind in _entries(root, folder, unreadable, heartbeat):
+                if kind == "file":
+                    yield name
+                else:
+                    pending.append((name, above | {here}))
         except OSError as error:
             if folder and error.errno in LASTING:
                 unreadable(folder, error)
             elif not folder or error.errno != errno.ENOENT or is_empty(root):
                 raise
             # Someone has removed this folder meanwhile.
+
+
+def _entries(
+    root: Path,
+    folder: str,
+    unreadable: Callable[[str, OSError], None],
+    heartbeat: Callable[[], None],
+) -> Iterator[tuple[str, str]]:
+    """Paths of what counts in one folder, each a "file" or a "folder"."""
+    with os.scandir(root / folder) as entries:
+        for number, entry in enumerate(entries, 1):
+            if number % _ENTRIES_BETWEEN_HEARTBEATS == 0:
+                heartbeat()
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            try:
+                if entry.is_file():
+                    yield path, "file"
+                elif not is_left_out(entry.name) and entry.is_dir():
+                    yield path, "folder"
+            except OSError as error:  # a link into what may not be read, or to itself
+                if error.errno not in LASTING:
+                    raise
+                unreadable(path, error)
 
 
 def is_empty(root: Path) -> bool:
@@ -119,18 +141,6 @@ def is_empty(root: Path) -> bool:
     """
     with os.scandir(root) as entries:
         return next(entries, None) is None
-
-
-def _kind_of(
-    entry: os.DirEntry[str], path: str, unreadable: Callable[[str, OSError], None]
-) -> str | None:
-    try:
-        return "folder" if entry.is_dir() else "file" if entry.is_file() else None
-    except OSError as error:  # a link into what may not be read, or to itself
-        if error.errno not in LASTING:
-            raise
-        unreadable(path, error)
-        return None
 
 
 def pack(root: Path, target: Path) -> int:
@@ -151,7 +161,7 @@ def pack(root: Path, target: Path) -> int:
         for name in names:
             with (root / name).open("rb") as file:
                 # Owners, modes and times are left out: they are no part of the images.
-                member = tarfile.TarInfo(name)
+                member = tarfile.TarInfo(f"{TOP}/{name}")
                 member.size = os.fstat(file.fileno()).st_size
                 archive.addfile(member, file)
     return len(names)

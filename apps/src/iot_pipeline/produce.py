@@ -2,8 +2,8 @@
 
 At a slow pace each image is confirmed by the broker before the next is taken. At a fast one many
 are on their way at once, and travel in batches. During an outage the producer keeps what is on its
-way, and its schedule waits: a device that cannot send has nothing to catch up. A source that is away
-is waited for in the same way.
+way, and its schedule waits: a device that cannot send has nothing to catch up. A source that is
+away is waited for in the same way.
 """
 
 from __future__ import annotations

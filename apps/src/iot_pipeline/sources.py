@@ -62,6 +62,11 @@ DAMAGE = (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error)
 NO_BATCH = (AttributeError, LookupError, TypeError)
 """What reading a pickle raises that holds something else than a CIFAR-10 batch."""
 
+ATTEMPTS = 5  # more, to read an image whose source seems to be there
+
+MISSING = LASTING | {errno.ENOENT, None}
+"""Why to read an image again would be in vain; None is our own word that an archive is cut off."""
+
 MAX_LINKS = 40  # from one to the next, as Linux has it
 
 SPOOL_MEMORY = 64 * 2**20  # bytes of unpacked images; beyond that they go to a file
@@ -230,6 +235,7 @@ class Source:
 
     def _read(self, content: Content, position: int) -> bytes | OSError:
         """An image, or why it cannot be read while its source can."""
+        attempts = 0
         while True:
             try:
                 return content.read(position)
@@ -238,8 +244,15 @@ class Source:
                     content.check()
                 except SourceAway as away:
                     self._outage(away)
-                else:
+                    continue
+                attempts += 1
+                # A share that breaks off may show its folders a while longer; a bad disk never
+                # reads this one.
+                if error.errno in MISSING or attempts >= ATTEMPTS:
                     return error
+                if attempts > 1:  # what has just been opened anew is tried at once
+                    name = content.index.name(position)
+                    self._outage(SourceAway(f"cannot read {self.description}, {name}: {error}"))
 
     def _look_at(self, classes: list[str]) -> None:
         for label in classes:
