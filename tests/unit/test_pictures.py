@@ -299,9 +299,7 @@ def test_premultiplied_alpha_is_undone() -> None:
     extra = struct.pack("<HHIHH", 338, 3, 1, 2, 0)
     assert extra in raw
     shown = open_image(raw.replace(extra, struct.pack("<HHIHH", 338, 3, 1, 1, 0)), LIMIT)
-    assert all(
-        abs(a - b) <= 2 for a, b in zip(shown.getpixel((0, 0)), (255, 205, 155), strict=True)
-    )  # type: ignore[arg-type]
+    assert difference(shown, Image.new("RGB", shown.size, (255, 205, 155))) <= 2
 
 
 def test_a_transparent_place_in_a_gif_is_white() -> None:
@@ -403,15 +401,18 @@ def turned(orientation: int) -> tuple[Image.Image, bytes]:
     return UPRIGHT if undo is None else UPRIGHT.transpose(undo), exif.tobytes()
 
 
+TURNED_OPTIONS: dict[str, dict[str, object]] = {
+    "JPEG": {"quality": 95},
+    "WEBP": {"lossless": True},
+    "TIFF, deflated": {"compression": "tiff_adobe_deflate"},
+}
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP", "TIFF", "TIFF, deflated"])
 def test_a_turned_picture_is_shown_upright(format_: str, orientation: int) -> None:
     picture, exif = turned(orientation)
-    options: dict[str, object] = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}.get(
-        format_, {}
-    )
-    if "," in format_:
-        options = {"compression": "tiff_adobe_deflate"}
+    options = TURNED_OPTIONS.get(format_, {})
     data = saved(picture, format_.partition(",")[0], exif=exif, **options)
     assert difference(open_image(data, LIMIT), UPRIGHT) <= (12 if format_ == "JPEG" else 0)
 
@@ -423,7 +424,7 @@ def test_a_png_may_say_its_orientation_behind_its_pixels() -> None:
     data = png(picture.size, pixels, after=png_chunk(b"eXIf", exif))
     assert difference(open_image(data, LIMIT), UPRIGHT) == 0
     damaged = png(picture.size, pixels, after=png_chunk(b"eXIf", exif)[:-1] + b"?")
-    assert open_image(damaged, LIMIT)
+    assert sorted(open_image(damaged, LIMIT).size) == sorted(picture.size)
 
 
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP"])
@@ -562,7 +563,8 @@ def test_an_edge_has_a_limit_of_its_own(size: tuple[int, int]) -> None:
     with pytest.raises(InvalidMessage, match=f"an edge is longer than {MAX_EDGE}") as caught:
         open_image(png(size, b"\0" * (size[1] * (size[0] // 8 + 1)), depth=1, kind=0), LIMIT)
     assert caught.value.reason is Reason.TOO_MANY_PIXELS
-    assert open_image(png((MAX_EDGE, 1), bytes(MAX_EDGE // 8 + 2), depth=1, kind=0), LIMIT)
+    longest = png((MAX_EDGE, 1), bytes(MAX_EDGE // 8 + 2), depth=1, kind=0)
+    assert open_image(longest, LIMIT).size == (MAX_EDGE, 1)
 
 
 def test_a_tile_counts_as_pixels_though_it_is_cut_off() -> None:

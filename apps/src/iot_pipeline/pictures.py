@@ -13,6 +13,7 @@ import functools
 import io
 import struct
 import warnings
+from typing import cast
 
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
 
@@ -214,7 +215,7 @@ def _shown(image: Image.Image, data: bytes) -> Image.Image:
         return image.convert("RGB")
     if image.format == "PNG" and image.mode in ("L", "RGB"):
         _scale_transparency(image, depth=data[24])
-    coloured = image.convert("LA" if image.mode == "La" else "RGBA")
+    coloured = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     alpha = coloured.getchannel("A")
     if image.format == "BMP" and alpha.getextrema() == (0, 0):
         # Many programs leave the fourth byte of a pixel at 0, and mean nothing by it.
@@ -224,7 +225,7 @@ def _shown(image: Image.Image, data: bytes) -> Image.Image:
 
 def _over_white(image: Image.Image, alpha: Image.Image) -> Image.Image:
     shown = Image.new("RGB", image.size, "white")
-    shown.paste(image if image.mode in ("LA", "RGBA") else image.convert("RGB"), mask=alpha)
+    shown.paste(image, mask=alpha)
     return shown
 
 
@@ -253,24 +254,23 @@ def _shallow(image: Image.Image) -> Image.Image:
     return _over_white(grey, opaque)
 
 
-def _white_of(image: Image.Image) -> float:
+def _white_of(image: Image.Image) -> int:
     """The value that stands for white."""
-    bits = 16
-    signed = False
+    bits, signed = 16, False
     if image.format == "TIFF":
         bits = _tag(image, _BITS_PER_SAMPLE, 16)
         signed = _tag(image, _SAMPLE_FORMAT, _UNSIGNED) != _UNSIGNED
     if image.mode == "F" or bits > 16:
         # Where white is stands nowhere, and programs differ: it is the lowest of what is usual that
         # no pixel exceeds.
-        darkest, brightest = image.getextrema()
+        darkest, brightest = cast("tuple[float, float]", image.getextrema())
         usual = (1, 255, 65_535) if image.mode == "F" else (255, 65_535)
-        fitting = [white for white in usual if brightest <= white]  # type: ignore[operator]
-        if image.mode == "F":
-            return fitting[0] if fitting else usual[-1]
-        if fitting and (signed or darkest >= 0):  # type: ignore[operator]
-            return fitting[0]
-    return 2 ** (bits - 1 if signed else bits) - 1
+        for white in usual:
+            if brightest <= white and (signed or darkest >= 0):
+                return white
+    if image.mode == "F":
+        return 65_535
+    return int(2 ** (bits - 1 if signed else bits)) - 1
 
 
 def _from_lab(image: Image.Image) -> Image.Image:
