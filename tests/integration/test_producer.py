@@ -196,8 +196,55 @@ def test_sigterm_ends_it_between_two_images(pipeline: Pipeline) -> None:
     assert "stopped service=iot-producer" in producer.output()
 
 
-def test_a_wrong_source_is_said_before_anything_is_sent(pipeline: Pipeline, tmp_path: Path) -> None:
-    done = pipeline.run("produce", "--source", str(tmp_path / "nothing"), "--count", "1")
+def test_a_source_that_is_none_is_said_before_anything_is_sent(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    (tmp_path / "images.tar").write_bytes(b"no archive")
+    done = pipeline.run("produce", "--source", str(tmp_path / "images.tar"), "--count", "1")
     assert done.returncode == 78
-    assert "there is no source" in done.stderr
+    assert "is neither a folder nor a readable tar" in done.stderr
     assert pipeline.broker.records(pipeline.image_topic) == []
+
+
+@pytest.mark.parametrize("interval", ["0", "0.1"])
+def test_a_source_that_is_away_is_waited_for(
+    pipeline: Pipeline, tmp_path: Path, interval: str
+) -> None:
+    folder, away = tmp_path / "set", tmp_path / "away"
+    producer = pipeline.produce("--source", str(folder), "--interval", interval).start()
+    wait_for(lambda: "source away" in producer.output(), "a warning")
+    assert "there is no source" in producer.output()
+    make_images(away, {str(number): 500 for number in range(3)})
+    away.rename(folder)
+    producer.wait_ready()
+    wait_for(lambda: pipeline.produced() > 5, "images")
+    folder.rename(away)
+    folder.mkdir()
+    wait_for(lambda: "is it mounted?" in producer.output(), "another warning")
+    folder.rmdir()
+    away.rename(folder)
+    wait_for(lambda: producer.output().count("source is back") == 2, "the source")
+    before = pipeline.produced()
+    wait_for(lambda: pipeline.produced() > before + 5, "images again")
+    assert producer.stop() == 0, producer.output()
+    assert sent_line(producer)["unconfirmed"] == 0
+    assert sent_line(producer)["images"] == pipeline.produced()
+    assert "image skipped" not in producer.output()
+
+
+@pytest.mark.parametrize("when", ["at the start", "in the middle"])
+def test_sigterm_is_heard_while_the_source_is_away(
+    pipeline: Pipeline, tmp_path: Path, when: str
+) -> None:
+    folder = tmp_path / "set"
+    if when == "in the middle":
+        make_images(folder, {"1": 500, "2": 500})
+    producer = pipeline.produce("--source", str(folder), "--interval", "0").start()
+    if when == "in the middle":
+        wait_for(lambda: pipeline.produced() > 5, "images")
+        folder.rename(tmp_path / "away")
+    wait_for(lambda: producer.output().count("source away") >= 2, "warnings")
+    assert producer.stop() == 0, producer.output()
+    if when == "in the middle":
+        assert sent_line(producer)["unconfirmed"] == 0
+        assert sent_line(producer)["images"] == pipeline.produced()

@@ -1,6 +1,7 @@
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from iot_pipeline import produce
 from iot_pipeline.errors import ConfigError, Exit, RecordTooLarge, SinkUnavailable
 from iot_pipeline.schema import ImageMessage
 from iot_pipeline.settings import ProduceSettings
-from iot_pipeline.sources import Image
+from iot_pipeline.sources import Image, SourceAway
 
 SOURCE = (Image(b"one", "cat", "image/png", "1"), Image(b"two", "dog", "image/png", "2"))
 
@@ -132,7 +133,8 @@ def run(
         sender = FakeSender(list(answers), limit)
         monkeypatch.setattr(produce, "connect", lambda _make, _service, _servers: sender)
         chosen = ProduceSettings(**{"count": 3, **settings})
-        return produce._produce(chosen, service, source), sender  # type: ignore[arg-type]
+        outage = produce._Outage(chosen, service)  # type: ignore[arg-type]
+        return produce._produce(chosen, service, source, outage), sender  # type: ignore[arg-type]
 
     return run
 
@@ -337,3 +339,48 @@ def test_a_progress_bar_needs_a_terminal_and_a_count(
         if bar is not None:
             bar.update(2)
     assert ("2/2" in capfd.readouterr().err) is shown
+
+
+def test_a_source_that_is_away_shows_in_the_status_and_comes_back(
+    run: Callable[..., tuple[Exit, FakeSender]],
+    service: FakeService,
+    clock: Clock,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    folder = tmp_path / "set"
+    wait = service.wait
+
+    def wait_until_it_is_back(seconds: float) -> bool:
+        if clock.now > 1030 and not folder.exists():
+            (folder / "cat").mkdir(parents=True)
+            (folder / "cat/1.png").write_bytes(b"one")
+        return wait(seconds)
+
+    monkeypatch.setattr(service, "wait", wait_until_it_is_back)
+    service.starting = service.told.append  # type: ignore[attr-defined]
+    settings = ProduceSettings(source=str(folder), cache_dir=str(tmp_path), interval=1)
+    outage = produce._Outage(settings, service)  # type: ignore[arg-type]
+    with produce._open(settings, service, outage) as source:  # type: ignore[arg-type]
+        status, sender = run(source=source, count=2)
+    assert status is Exit.OK
+    assert [message.data for message in sender.sent] == [b"one", b"one"]
+    assert any("waiting for the source: there is no source" in text for text in service.told)
+    warnings = [text for text in caplog.messages if text.startswith("source away")]
+    assert 3 < len(warnings) < 15
+    assert "retry_seconds=" in warnings[0]
+
+
+def test_stop_while_the_source_is_away_confirms_what_is_on_its_way(
+    run: Callable[..., tuple[Exit, FakeSender]], service: FakeService
+) -> None:
+    def images() -> Iterator[Image]:
+        yield from SOURCE
+        service.stopping = True
+        produce._Outage(ProduceSettings(), service)(SourceAway("away"))  # type: ignore[arg-type]
+
+    status, sender = run(interval=0, count=0, source=images())
+    assert status is Exit.OK
+    assert len(sender.taken) == len(sender.sent) == 2

@@ -1,7 +1,12 @@
+import errno
 import io
 import logging
 import os
+import subprocess
+import sys
 import tarfile
+import tempfile
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,11 +14,12 @@ from pathlib import Path
 import pytest
 from PIL import Image as PillowImage
 
-from iot_pipeline import sources
+from iot_pipeline import folders, sources
 from iot_pipeline.download import digest
 from iot_pipeline.errors import Exit
+from iot_pipeline.formats import FORMATS
 from iot_pipeline.schema import CLASSES
-from iot_pipeline.sources import Source, SourceError, open_source
+from iot_pipeline.sources import Source, SourceAway, SourceError, open_source
 
 FILES = {
     "set/cat/2.png": b"cat two",
@@ -205,6 +211,406 @@ def test_the_sample_holds_twenty_drawings_of_every_class() -> None:
             picture.load()
 
 
+# What counts, and as what -------------------------------------------------------------------------
+
+TREE = {
+    "cat/1.png": b"cat",
+    "dog/1.png": b"dog",
+    "cat/.ipynb_checkpoints/1.png": b"no",
+    ".Trash-1000/files/2.png": b"no",
+    ".git/cat/3.png": b"no",
+    "dog/@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg": b"no",
+    "#recycle/dog/4.png": b"no",
+    "@Recycle/4.png": b"no",
+    "$RECYCLE.BIN/S-1/4.png": b"no",
+    "__MACOSX/cat/5.png": b"no",
+    "cat/._1.png": b"no",
+    "sheet.jpg": b"no",
+}
+
+
+def shown(source: Source) -> list[tuple[str, str, bytes]]:
+    """Class, path without the data set's folder, and bytes of each image."""
+    return [(image.label, "/".join(image.name.split("/")[-2:]), image.data) for image in source]
+
+
+def packed_by_role(root: Path, target: Path) -> Path:
+    folders.main([str(root), str(target)])
+    return target
+
+
+def packed_by_tar(root: Path, target: Path) -> Path:
+    subprocess.run(["tar", "-caf", target, "-C", root.parent, root.name], check=True)
+    return target
+
+
+def packed_as_it_is(root: Path, target: Path) -> Path:
+    subprocess.run(["tar", "-caf", target, "-C", root, "."], check=True)
+    return target
+
+
+PACKERS = {
+    "folder": lambda root, _target: root,
+    "by the role": packed_by_role,
+    "by tar": packed_by_tar,
+    "by tar, without its folder": packed_as_it_is,
+    "by tar, compressed": lambda root, target: packed_by_tar(root, target.with_suffix(".tgz")),
+}
+
+
+@pytest.fixture(params=PACKERS)
+def packed(request: pytest.FixtureRequest) -> Callable[[Path, Path], Path]:
+    return PACKERS[request.param]
+
+
+def test_what_systems_keep_beside_images_is_left_out(
+    tmp_path: Path, packed: Callable[[Path, Path], Path]
+) -> None:
+    root = make_folder(tmp_path / "set", TREE)
+    with open_source(str(packed(root, tmp_path / "a.tar"))) as source:
+        assert shown(source) == [("cat", "cat/1.png", b"cat"), ("dog", "dog/1.png", b"dog")]
+        assert source.classes == ["cat", "dog"]
+
+
+def test_links_are_images_in_a_folder_and_in_its_archives(
+    tmp_path: Path, packed: Callable[[Path, Path], Path]
+) -> None:
+    root = make_folder(tmp_path / "set", {"cat/a.png": b"one", "store/0001": b"two"})
+    for name in ("dog", "bird", "frog"):
+        (root / name).mkdir()
+    (root / "dog/b.png").hardlink_to(root / "cat/a.png")
+    (root / "dog/c.png").hardlink_to(root / "store/0001")
+    (root / "bird/d.png").symlink_to("../dog/b.png")
+    (root / "frog/e.png").symlink_to("../store/0001")
+    (root / "horse").symlink_to("cat")
+    (root / "frog/loop").symlink_to("..")
+    (root / "frog/nowhere.png").symlink_to("../gone.png")
+    with open_source(str(packed(root, tmp_path / "a.tar"))) as source:
+        assert sorted(shown(source)) == [
+            ("bird", "bird/d.png", b"one"),
+            ("cat", "cat/a.png", b"one"),
+            ("dog", "dog/b.png", b"one"),
+            ("dog", "dog/c.png", b"two"),
+            ("frog", "frog/e.png", b"two"),
+            ("horse", "horse/a.png", b"one"),
+        ]
+
+
+def test_nested_classes_are_packed_as_they_are(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "set", {"cat/1.png": b"x", "cat/dog/2.png": b"y"})
+    target = packed_by_role(root, tmp_path / "a.tar")
+    with open_source(str(root)) as folder, open_source(str(target)) as archive:
+        assert shown(folder) == shown(archive)
+        assert archive.classes == ["cat", "dog"]
+
+
+def test_images_beside_the_classes_of_an_archive_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    archive = make_tar(tmp_path / "a.tar", {"set/cat/1.png": b"x", "set/sheet.jpg": b"y"})
+    with open_source(str(archive)) as source:
+        assert source.classes == ["cat"]
+    assert "left_out=1 first=set/sheet.jpg" in caplog.text
+
+
+def test_equal_folders_are_packed_into_equal_files(tmp_path: Path) -> None:
+    files = {"cat/1.png": b"cat", "dog/ä\udcff.png": b"dog", "dog/" + "n" * 200 + ".png": b"x"}
+    one, two = (make_folder(tmp_path / name, files) for name in ("one", "two"))
+    os.utime(two / "cat/1.png", (0, 0))
+    (two / "cat/1.png").chmod(0o600)
+    packed = [packed_by_role(root, tmp_path / f"{root.name}.tar") for root in (one, two)]
+    assert packed[0].read_bytes() == packed[1].read_bytes()
+    with open_source(str(packed[0])) as source:
+        assert len(source) == 3
+
+
+def test_what_cannot_be_packed_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="holds no image in a class-named folder"):
+        packed_by_role(make_folder(tmp_path / "set", {"1.png": b"x"}), tmp_path / "a.tar")
+    with pytest.raises(SystemExit, match=r"cannot pack .*nothing"):
+        packed_by_role(tmp_path / "nothing", tmp_path / "a.tar")
+
+
+def test_names_that_lead_upwards_name_no_class(tmp_path: Path) -> None:
+    files = {"../3.png": b"no", "../../set/cat/1.png": b"cat", "/set/./dog/x/../2.png": b"dog"}
+    with open_source(str(make_tar(tmp_path / "a.tar", files))) as source:
+        assert shown(source) == [("cat", "cat/1.png", b"cat"), ("dog", "dog/2.png", b"dog")]
+
+
+def test_of_members_with_one_name_the_last_counts(tmp_path: Path) -> None:
+    archive = make_tar(tmp_path / "a.tar", {"cat/1.png": b"old"})
+    with tarfile.open(archive, "a") as more:
+        member = tarfile.TarInfo("cat/1.png")
+        member.size = 3
+        more.addfile(member, io.BytesIO(b"new"))
+    with open_source(str(archive)) as source:
+        assert [image.data for image in source] == [b"new"]
+
+
+def test_what_is_no_file_is_left_out(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, {"cat/1.png": b"x"})
+    os.mkfifo(folder / "cat/2.png")
+    (folder / "cat/3.png").mkdir()
+    with open_source(str(folder)) as source:
+        assert short_names(source) == ["cat/1.png"]
+
+
+def test_the_type_follows_from_the_bytes(tmp_path: Path) -> None:
+    picture = PillowImage.new("RGB", (2, 2))
+    folder = make_folder(tmp_path, {"cat/unknown.gif": b"?"})
+    for known in FORMATS:
+        picture.convert("1" if "bitmap" in known.media_type else "L").save(
+            folder / f"cat/{known.media_type[6:]}.png", known.name
+        )
+    with open_source(str(folder)) as source:
+        types = {image.name: image.content_type for image in source}
+    assert types.pop("cat/unknown.gif") == "image/gif"
+    types.pop("cat/x-portable-pixmap.png")  # Pillow writes what is grey as a graymap
+    for name, media_type in types.items():
+        assert media_type == f"image/{name[4:-4]}"
+
+
+def test_a_name_costs_little_memory(tmp_path: Path) -> None:
+    count = 5000
+    folder = make_folder(
+        tmp_path,
+        {f"{label}/IMG_20260131_{n:06}.jpg": b"" for label in CLASSES for n in range(count // 10)},
+    )
+    open_source(str(folder)).close()
+    tracemalloc.start()
+    try:
+        source = open_source(str(folder))
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(source) == count
+    assert kept / count < 120
+
+
+def test_a_home_that_nobody_has_is_said() -> None:
+    with pytest.raises(SourceError, match="this user has no home"):
+        open_source("~no-such-user/images")
+
+
+# Who may read -------------------------------------------------------------------------------------
+
+AS_NOBODY = """
+import os, sys
+from iot_pipeline.errors import PipelineError
+from iot_pipeline.service import set_up_logging
+from iot_pipeline.sources import open_source
+
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+set_up_logging("info")
+try:
+    with open_source(sys.argv[1]) as source:
+        print(*source.classes, *(image.name for image in source))
+except PipelineError as error:
+    print(error.exit_status, type(error).__name__, error)
+"""
+
+
+def seen_by_nobody(root: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", AS_NOBODY, str(root)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that everybody may read, which pytest's own are not."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name)
+        path.chmod(0o755)
+        yield make_folder(path / "set", {"cat/1.png": b"x", "dog/1.png": b"y"})
+
+
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+
+
+@needs_root
+def test_a_folder_that_may_not_be_read_is_named(public: Path) -> None:
+    (public / "dog").chmod(0o700)
+    done = seen_by_nobody(public)
+    assert done.stdout == "cat cat/1.png\n"
+    assert f"left out, since it may not be read path={public}/dog" in done.stderr
+    (public / "cat").chmod(0o700)
+    done = seen_by_nobody(public)
+    assert done.stdout.startswith("78 SourceError ")
+    assert "cat" in done.stdout
+    assert "dog may not be read" in done.stdout or "cat may not be read" in done.stdout
+    public.chmod(0o700)
+    done = seen_by_nobody(public)
+    assert done.stdout.startswith("78 SourceError ")
+    assert "may not be read" in done.stdout
+
+
+@needs_root
+def test_images_that_may_not_be_read_are_named(public: Path) -> None:
+    (public / "dog/1.png").chmod(0o600)
+    done = seen_by_nobody(public)
+    assert done.stdout == "cat dog cat/1.png\n"
+    assert "image skipped name=dog/1.png" in done.stderr
+    (public / "cat/1.png").chmod(0o600)
+    done = seen_by_nobody(public)
+    assert "not one of its 2 images can be read: let this service's user" in done.stdout
+    assert done.stdout.startswith("78 SourceError ")
+
+
+# Outages ------------------------------------------------------------------------------------------
+
+
+class Outage:
+    """Remembers what was said, and mends it after some attempts."""
+
+    def __init__(self, mend: Callable[[], object], attempts: int = 3) -> None:
+        self._mend = mend
+        self._left = attempts
+        self.said: list[str] = []
+
+    def __call__(self, error: SourceAway) -> None:
+        self.said.append(str(error))
+        assert len(self.said) < 20
+        self._left -= 1
+        if self._left == 0:
+            self._mend()
+
+
+@pytest.mark.parametrize("before", ["missing", "empty", "folders alone"])
+def test_a_source_that_is_not_there_yet_is_waited_for(tmp_path: Path, before: str) -> None:
+    root = tmp_path / "set"
+    if before != "missing":
+        root.mkdir()
+    if before == "folders alone":
+        (root / "cat").mkdir()
+    outage = Outage(lambda: make_folder(root, {"cat/1.png": b"x"}))
+    with open_source(str(root), outage=outage) as source:
+        assert short_names(source) == ["cat/1.png"]
+    assert len(outage.said) == 3
+    assert ("there is no source" if before == "missing" else "is it mounted?") in outage.said[0]
+
+
+@pytest.mark.parametrize("leaves", ["nothing", "an empty folder"])
+def test_a_folder_that_goes_away_in_the_middle_is_waited_for(tmp_path: Path, leaves: str) -> None:
+    root = make_folder(tmp_path / "set", {f"cat/{n}.png": b"%d" % n for n in range(5)})
+    outage = Outage(lambda: (tmp_path / "away").replace(root))
+    with open_source(str(root), outage=outage) as source:
+        images = iter(source)
+        assert next(images).data == b"0"
+        root.rename(tmp_path / "away")
+        if leaves != "nothing":
+            root.mkdir()
+        assert [image.data for image in images] == [b"1", b"2", b"3", b"4"]
+        assert len(list(source)) == 5
+    assert len(outage.said) == 3
+    assert str(root) in outage.said[0]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_an_archive_that_goes_away_in_the_middle_is_waited_for(tmp_path: Path, same: bool) -> None:
+    files = {f"cat/{n}.png": b"%d" % n for n in range(5)}
+    archive = make_tar(tmp_path / "set.tar", files)
+    other = make_tar(tmp_path / "other.tar", files | {"cat/more.png": b"5"})
+    away = archive.with_name("away")
+    outage = Outage(lambda: (away if same else other).rename(archive))
+    with open_source(str(archive), outage=outage) as source:
+        images = iter(source)
+        assert next(images).data == b"0"
+        archive.rename(away)
+        # What was open before a share broke off cannot be read any more.
+        tar = source._content.read.__self__  # type: ignore[attr-defined]
+        tar._file.close()
+        tar._file = tar._images = Broken()
+        rest = [image.data for image in images]
+        assert rest == ([b"1", b"2", b"3", b"4"] if same else [])
+        assert len(list(source)) == (5 if same else 6)
+    assert outage.said == [f"cannot read the source {archive}: No such file or directory"] * 3
+
+
+class Broken(io.BytesIO):
+    """An open file whose share is gone."""
+
+    def seek(self, *_: object) -> int:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+
+def test_a_mount_that_goes_away_in_the_middle_is_waited_for(tmp_path: Path) -> None:
+    place, kept = tmp_path / "mounted", tmp_path / "kept"
+    place.mkdir()
+    make_folder(kept, {f"cat/{n}.png": b"%d" % n for n in range(5)})
+
+    def mount() -> bool:
+        done = subprocess.run(["mount", "--bind", kept, place], check=False, capture_output=True)
+        return done.returncode == 0
+
+    if not mount():
+        pytest.skip("this machine lets nobody mount")
+    try:
+        outage = Outage(mount)
+        with open_source(str(place), outage=outage) as source:
+            images = iter(source)
+            assert next(images).data == b"0"
+            subprocess.run(["umount", place], check=True)
+            assert [image.data for image in images] == [b"1", b"2", b"3", b"4"]
+        assert outage.said == [f"the source {place} is empty: is it mounted?"] * 3
+    finally:
+        subprocess.run(["umount", place], check=False)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.ETIMEDOUT])
+def test_an_image_of_a_share_that_breaks_off_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    read = Path.read_bytes
+    faults = 3
+
+    def read_bytes(path: Path) -> bytes:
+        if faults > 0 and path.name == "1.png":
+            raise OSError(number, os.strerror(number))
+        return read(path)
+
+    def mend() -> None:
+        nonlocal faults
+        faults = 0
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    folder = make_folder(tmp_path, {f"cat/{n}.png": b"x" for n in range(3)})
+    outage = Outage(mend)
+    with open_source(str(folder), outage=outage) as source:
+        assert short_names(source) == ["cat/0.png", "cat/1.png", "cat/2.png"]
+        assert len(outage.said) == 3
+        assert os.strerror(number) in outage.said[0]
+        # An image on a bad place of a disk stops nothing.
+        faults = 1
+        outage = source._outage = Outage(lambda: None)
+        assert short_names(source) == ["cat/0.png", "cat/2.png"]
+        assert len(outage.said) == sources.ATTEMPTS - 2
+
+
+def test_a_source_whose_images_were_replaced_is_looked_at_again(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "set", {"cat/1.png": b"x"})
+    outage = Outage(lambda: None)
+    with open_source(str(folder), outage=outage) as source:
+        (folder / "cat/1.png").rename(folder / "cat/2.png")
+        assert short_names(source) == []
+        assert short_names(source) == ["cat/2.png"]
+    assert outage.said == [f"{folder}: not one of its 1 images can be read"]
+
+
+def test_waiting_can_be_given_up(tmp_path: Path) -> None:
+    def stop(_error: SourceAway) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        open_source(str(tmp_path / "nothing"), outage=stop)
+
+
 # The official archive's batches were pickled by Python 2 with numpy. Neither is here, so its
 # opcodes are written out.
 
@@ -327,14 +733,9 @@ def test_real_archive_of_class_folders(caplog: pytest.LogCaptureFixture) -> None
     """The order in which a data set's archive happens to hold its files makes no difference."""
     caplog.set_level(logging.WARNING)
     names = [f"val/{label}/{n:04}.png" for n in (1, 0) for label in reversed(CLASSES)]
-    stored = io.BytesIO()
-    with tarfile.open(fileobj=stored, mode="w:xz") as archive:
-        for name in names:
-            archive.addfile(tarfile.TarInfo(name))
-    assert sources.interleave(
-        [sources.Entry(name.split("/")[1], name, None) for name in names]
-    ) == [
-        sources.Entry(label, f"val/{label}/{n:04}.png", None)
-        for n in (0, 1)
-        for label in sorted(CLASSES)
+    index = sources.Index()
+    for name in names:
+        index.add(name.split("/")[1], name)
+    assert [index.name(position) for position in index.in_turn()] == [
+        f"val/{label}/{n:04}.png" for n in (0, 1) for label in sorted(CLASSES)
     ]

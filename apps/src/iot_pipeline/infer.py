@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from iot_pipeline.errors import Exit, InvalidMessage, Reason
+from iot_pipeline.errors import Exit, InvalidMessage
 from iot_pipeline.kafka import Sender
+from iot_pipeline.pictures import open_image
 from iot_pipeline.pipeline import Beat
 from iot_pipeline.schema import ImageMessage, PredictionMessage, Record, decode_record, now
 from iot_pipeline.service import Log, Service
@@ -20,13 +20,6 @@ from iot_pipeline.settings import InferSettings
 from iot_pipeline.worker import run_stage
 
 log = Log("infer")
-
-# What cameras and browsers make. Pillow reads more, some of it through other programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-
-# Pillow's own limit only warns at first, and its warnings cannot be silenced in one thread alone.
-# `open_image` has a limit that refuses.
-Image.MAX_IMAGE_PIXELS = None
 
 # How long the model may work without a sign of life, in seconds: far below what passes for hung.
 CHUNK_SECONDS = 5.0
@@ -59,46 +52,6 @@ class Classifier(Protocol):
     def predict(self, images: Sequence[bytes]) -> Sequence[_Prediction]:
         """One prediction for each prepared image, in their order."""
         ...
-
-
-def open_image(data: bytes, max_pixels: int) -> Image.Image:
-    """Decode an image file from a stranger.
-
-    Args:
-        data: the file's bytes.
-        max_pixels: the largest width times height to decode: a small file can hold a huge image.
-
-    Returns:
-        The first frame, as RGB.
-
-    Raises:
-        InvalidMessage: it is no image, is damaged, or has too many pixels.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError as error:
-        raise InvalidMessage(
-            Reason.NOT_AN_IMAGE, f"none of the formats {', '.join(FORMATS)}"
-        ) from error
-    except Exception as error:
-        raise _damaged(error) from error
-    width, height = image.size
-    if width * height > max_pixels:
-        raise InvalidMessage(
-            Reason.TOO_MANY_PIXELS,
-            f"{width} x {height} pixels are more than IOT_MAX_IMAGE_PIXELS={max_pixels}",
-        )
-    try:
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except Exception as error:
-        raise _damaged(error) from error
-
-
-def _damaged(error: Exception) -> InvalidMessage:
-    # Pillow's decoders raise whatever they stumble over: OSError, SyntaxError, ValueError,
-    # struct.error, IndexError …
-    return InvalidMessage(Reason.TRUNCATED_IMAGE, f"truncated or damaged: {error}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,8 @@ from iot_pipeline.classifier import (
 )
 from iot_pipeline.engines import PrecisionError, find_engine, ladder
 from iot_pipeline.errors import ConfigError, Exit, InvalidMessage, PipelineError
-from iot_pipeline.infer import open_image
 from iot_pipeline.model import Model, Ranges, find_model
+from iot_pipeline.pictures import open_image
 from iot_pipeline.processor import instructions
 from iot_pipeline.settings import PrepareModelSettings
 from iot_pipeline.sources import open_source

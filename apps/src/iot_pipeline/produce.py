@@ -2,7 +2,8 @@
 
 At a slow pace each image is confirmed by the broker before the next is taken. At a fast one many
 are on their way at once, and travel in batches. During an outage the producer keeps what is on its
-way, and its schedule waits: a device that cannot send has nothing to catch up.
+way, and its schedule waits: a device that cannot send has nothing to catch up. A source that is
+away is waited for in the same way.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from iot_pipeline.kafka import NO_DELIVERY_TIMEOUT_MS, Backoff, Sender, connect
 from iot_pipeline.schema import ImageMessage, now, uuid7
 from iot_pipeline.service import Log, Service
 from iot_pipeline.settings import ProduceSettings
-from iot_pipeline.sources import Image, Source, open_source
+from iot_pipeline.sources import Image, Source, SourceAway, open_source
 
 log = Log("produce")
 
@@ -64,14 +65,46 @@ def run(settings: ProduceSettings) -> Exit:
         # Images on their way are many objects and no cycles. To look for some among them at each
         # 700th object, as is usual, takes a tenth of the time.
         gc.set_threshold(GARBAGE_OBJECTS)
+        outage = _Outage(settings, service)
         try:
-            with _open(settings, service) as source:
-                return _produce(settings, service, source)
+            with _open(settings, service, outage) as source:
+                outage.over()
+                return _produce(settings, service, source, outage)
         except _StoppedError:
             return Exit.OK
 
 
-def _open(settings: ProduceSettings, service: Service) -> Source:
+class _Outage:
+    """Waits for a source that is away, and says so."""
+
+    def __init__(self, settings: ProduceSettings, service: Service) -> None:
+        self._source = settings.source
+        self._service = service
+        self._backoff = Backoff()
+        self._since: float | None = None
+
+    def __call__(self, error: SourceAway) -> None:
+        """Wait before the next attempt.
+
+        Raises:
+            _StoppedError: the service was asked to stop meanwhile.
+        """
+        self._since = self._since or time.monotonic()
+        wait = self._backoff.next()
+        log.warning("source away", source=self._source, error=error, retry_seconds=wait)
+        self._service.status(f"waiting for the source: {error}")
+        if self._service.wait(wait):
+            raise _StoppedError
+
+    def over(self) -> None:
+        """The source can be read."""
+        if self._since is not None:
+            log.info("source is back", seconds=time.monotonic() - self._since)
+            self._since = None
+            self._backoff.reset()
+
+
+def _open(settings: ProduceSettings, service: Service, outage: _Outage) -> Source:
     def heartbeat() -> None:
         service.starting(f"reading the source {settings.source}")
         service.alive()
@@ -85,12 +118,13 @@ def _open(settings: ProduceSettings, service: Service) -> Source:
         cache_dir=Path(settings.cache_dir),
         url=settings.source_url or None,
         heartbeat=heartbeat,
+        outage=outage,
     )
     log.info("source", source=settings.source, images=len(source), classes=len(source.classes))
     return source
 
 
-def _produce(settings: ProduceSettings, service: Service, source: Source) -> Exit:
+def _produce(settings: ProduceSettings, service: Service, source: Source, outage: _Outage) -> Exit:
     sender = connect(
         lambda: Sender(
             settings,
@@ -109,7 +143,8 @@ def _produce(settings: ProduceSettings, service: Service, source: Source) -> Exi
     with _progress(settings.count) as bar:
         delivery = _Delivery(settings, service, sender, bar)
         try:
-            for image in _schedule(_images(source, settings.count), settings.interval, service):
+            images = _images(source, settings.count, outage)
+            for image in _schedule(images, settings.interval, service):
                 delivery.deliver(image)
             delivery.settle()
         except _StoppedError:
@@ -134,10 +169,18 @@ def _progress(count: int) -> Iterator[Any]:
         yield bar
 
 
-def _images(source: Source, count: int) -> Iterator[Image]:
-    """`count` images, or endless ones for 0, passing through the source as often as it takes."""
+def _images(source: Source, count: int, outage: _Outage) -> Iterator[Image]:
+    """`count` images, or endless ones for 0, passing through the source as often as it takes.
+
+    Ends early when the service is asked to stop while the source is away.
+    """
     endless = itertools.chain.from_iterable(itertools.repeat(source))
-    return itertools.islice(endless, count) if count else endless
+    try:
+        for image in itertools.islice(endless, count) if count else endless:
+            outage.over()
+            yield image
+    except _StoppedError:
+        return
 
 
 def _schedule(images: Iterator[Image], interval: float, service: Service) -> Iterator[Image]:

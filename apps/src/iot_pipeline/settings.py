@@ -294,7 +294,7 @@ class ProduceSettings(Settings):
         "sample",
         "where images come from: sample (drawings that ship with this package), cifar10 (the "
         "official archive, downloaded once), or the path of a folder or tar of class-named "
-        "folders, or of a local cifar-10-python.tar.gz",
+        "folders, or of a local cifar-10-python.tar.gz; a path that is not there is waited for",
         required=True,
         metavar="sample|cifar10|PATH",
     )
@@ -412,7 +412,10 @@ class InferSettings(ModelSettings, ConsumerSettings):
 
     group_id: str = setting("iot-inference", "consumer group", required=True)
     max_image_pixels: int = setting(
-        4_194_304, "largest image that is decoded", unit="pixels", minimum=1
+        4_194_304,
+        "largest image that is decoded; no edge may exceed 65535 pixels",
+        unit="pixels",
+        minimum=1,
     )
 
 
