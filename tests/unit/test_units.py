@@ -11,6 +11,9 @@ import pytest
 import yaml
 from ansible.plugins.filter.core import FilterModule
 
+from iot_pipeline.env_file import read_env_file
+from iot_pipeline.errors import Exit
+
 ROLES = Path(__file__).parents[2] / "roles"
 
 # The units of the official packages, which the roles add to.
@@ -102,6 +105,41 @@ def test_services_are_confined(
         unit = PACKAGE_UNITS[role] + unit
     found = analysis(unit, tmp_path, most)
     assert found.returncode == 0, found.stdout + found.stderr
+
+
+@pytest.mark.parametrize(
+    "role, template, setting, statuses",
+    [
+        (
+            *("pipeline_app", "service.j2", "RestartPreventExitStatus"),
+            {Exit.USAGE, Exit.DATA, Exit.CONFIG},
+        ),
+        (
+            *("storage_node", "iot-audit.service.j2", "SuccessExitStatus"),
+            {Exit.FAILED, Exit.UNREACHABLE},
+        ),
+    ],
+)
+def test_units_know_the_exit_statuses(
+    role: str, template: str, setting: str, statuses: set[Exit]
+) -> None:
+    lines = rendered(role, template).splitlines()
+    (value,) = (line.split("=")[1] for line in lines if line.startswith(f"{setting}="))
+    assert {Exit(int(status)) for status in value.split()} == statuses
+
+
+def test_a_settings_file_says_what_the_inventory_says(tmp_path: Path) -> None:
+    values = {
+        "IOT_A": "C:\\temp \"quoted\" 'and' $HOME `x` # no comment",
+        "IOT_B": " blanks around \\",
+        "IOT_C": "two\nlines\\\nand more",
+        "IOT_D": "",
+        "IOT_E": True,
+        "IOT_F": 1.5,
+        "IOT_G": "é\u2028\x85",
+    }
+    (tmp_path / "file").write_text(rendered("pipeline_app", "settings.env.j2", settings=values))
+    assert read_env_file(tmp_path / "file") == values | {"IOT_E": "true", "IOT_F": "1.5"}
 
 
 def test_a_service_that_is_not_confined_is_told(tmp_path: Path) -> None:
