@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from iot_lab import artifacts, cli, demo
+from iot_lab import artifacts, cli, demo, up
 from iot_lab.bench import __main__ as bench
 from iot_lab.command_line import Exit
 from iot_lab.drills import __main__ as drills
@@ -61,7 +61,7 @@ def test_what_kept_the_lab_from_an_answer_is_none(
         raise error
 
     monkeypatch.setattr(cli, "stop_on_signals", lambda: None)
-    monkeypatch.setattr(cli.up, "check", fail)
+    monkeypatch.setattr(up, "check", fail)
     assert cli.main(["check"]) == status
     assert said in capsys.readouterr().err
 

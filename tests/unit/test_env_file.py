@@ -83,14 +83,14 @@ def systemd(tmp_path_factory: pytest.TempPathFactory) -> Reader:
 
     def read(content: bytes) -> dict[str, str] | None:
         file.write_bytes(content)
-        found = assignments()
+        found: Any = assignments()
         if load(None, bytes(file), ctypes.byref(found)) < 0:
             return None
         if not found:
             return {}
         try:
             clean(found, None, None)
-            lines = itertools.takewhile(lambda line: line is not None, found)
+            lines: Any = itertools.takewhile(lambda line: line is not None, found)
             return dict(line.decode().split("=", 1) for line in lines)
         finally:
             library.strv_free(found)
