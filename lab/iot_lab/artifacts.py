@@ -10,7 +10,6 @@ Each is built again only when something it is made of has changed.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import gzip
@@ -25,6 +24,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+
+from iot_lab.command_line import Exit, Parser
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "lab" / "artifacts"
@@ -194,7 +195,7 @@ DEFAULT = ("kafka", "couchdb", "mongodb", "apps")
 
 def main(arguments: list[str] | None = None) -> int:
     """Build the artifacts that the command line names and return its exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lab artifacts",
         description="Build what the lab installs: Kafka's archive, databases' stand-ins, the apps.",
     )
@@ -222,8 +223,8 @@ def main(arguments: list[str] | None = None) -> int:
             ARTIFACTS[name](**({"write_checksums": True} if options.write_checksums else {}))
     except ArtifactError as error:
         print(f"lab artifacts: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return Exit.UNAVAILABLE
+    return Exit.OK
 
 
 def _archive(

@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from iot_lab import (
     setup,
     up,
 )
+from iot_lab.command_line import Exit, Parser
 from iot_lab.console import Colour, paint, say, step
 from iot_lab.shell import LabError, stop_on_signals
 
@@ -43,14 +45,17 @@ def main(arguments: list[str] | None = None) -> int:
         return command(options)
     except LabError as error:
         print(f"{paint('lab:', Colour.BAD)} {error}", file=sys.stderr)
-        return 1
+        return Exit.UNAVAILABLE
     except KeyboardInterrupt:
         print("lab: interrupted; run the command again to go on", file=sys.stderr)
-        return 130
+        return Exit.INTERRUPTED
+    except Exception:  # noqa: BLE001 - Python's own status for it, 1, is an answer here
+        traceback.print_exc()
+        return Exit.INTERNAL
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lab",
         description="The pipeline on hosts of this machine. `make help` lists the usual commands.",
     )

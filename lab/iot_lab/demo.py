@@ -24,6 +24,7 @@ from typing import Any
 from kafka import KafkaConsumer, TopicPartition
 
 from iot_lab.artifacts import ArtifactError
+from iot_lab.command_line import Exit, Parser
 from iot_lab.console import Colour, paint, say
 from iot_lab.processes import App, Broker, CouchDB, Pipeline, Process, ProcessError
 from iot_pipeline.errors import InvalidMessage
@@ -272,7 +273,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the demo as the command line says and return its exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lab demo",
         description="Run the pipeline as plain processes on loopback and print every image: when "
         "it was produced, how it was classified, when it was stored. Ends with an audit, whose "
@@ -310,11 +311,11 @@ def main(arguments: list[str] | None = None) -> int:
         status = Demo(options, folder, Screen()).run()
     except _Interrupted:
         print("\nInterrupted: ended without an audit.")
-        status = 130
+        status = Exit.INTERRUPTED
     except (ProcessError, ArtifactError) as error:
         print(f"\n{error}", file=sys.stderr)
-        status = 1
-    if status == 1 or options.keep:
+        status = Exit.UNAVAILABLE
+    if status not in (Exit.OK, Exit.INTERRUPTED) or options.keep:
         print(f"Logs and data: {folder}")
     else:
         shutil.rmtree(folder)

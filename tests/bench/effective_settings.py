@@ -5,10 +5,11 @@ Runs on a host as root, in the apps' environment.
 
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from iot_pipeline.settings import COMMANDS, SETTINGS_DIRECTORY, describe, environment_name, load
+from iot_pipeline.settings import COMMANDS, SETTINGS_DIRECTORY, environment_name, load
 
 
 def precision(settings: Any) -> str:
@@ -28,7 +29,11 @@ def main() -> None:
         if not Path(file).exists():
             continue
         settings = load(command.settings, {"env_file": str(file)}, {})
-        values = {environment_name(name): value for name, value in describe(settings).items()}
+        values = {
+            environment_name(declared.name): getattr(settings, declared.name)
+            for declared in fields(settings)
+            if not declared.metadata["flag_only"]
+        }
         if values.get("IOT_PRECISION") == "auto":
             values["IOT_PRECISION"] = precision(settings)
         found.setdefault(service, {}).update(values)

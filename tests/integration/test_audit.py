@@ -104,9 +104,9 @@ def test_an_image_sent_twice_is_one_image(pipeline: Pipeline) -> None:
 def test_no_broker_and_no_database_are_told_apart_from_missing_images(pipeline: Pipeline) -> None:
     nowhere = f"127.0.0.1:{free_port()}"
     done = pipeline.run("audit", "--bootstrap-servers", nowhere)
-    assert (done.returncode, nowhere in done.stderr) == (2, True), done.stderr
+    assert (done.returncode, nowhere in done.stderr) == (69, True), done.stderr
     done = pipeline.run("audit", "--store-url", f"couchdb://{nowhere}/img_db")
-    assert (done.returncode, nowhere in done.stderr) == (2, True), done.stderr
+    assert (done.returncode, nowhere in done.stderr) == (69, True), done.stderr
 
 
 def test_a_record_bears_the_time_of_its_arrival(pipeline: Pipeline) -> None:

@@ -297,7 +297,7 @@ def test_a_database_that_does_not_answer(pipeline: Pipeline, tmp_path: Path) -> 
     nowhere = f"127.0.0.1:{free_port()}"
     url = ("--store-url", f"couchdb://{nowhere}/img_db")
     done = pipeline.run("backup", str(file), *url)
-    assert (done.returncode, nowhere in done.stderr) == (2, True), done.stderr
+    assert (done.returncode, nowhere in done.stderr) == (69, True), done.stderr
     assert list(tmp_path.iterdir()) == []
     backup(pipeline, file)
     done = pipeline.run("restore", str(file), *url)
@@ -306,7 +306,7 @@ def test_a_database_that_does_not_answer(pipeline: Pipeline, tmp_path: Path) -> 
     write(connect(pipeline), image(uuid7()))
     backup(pipeline, tmp_path / "c", "--grace", "0")
     done = pipeline.run("restore", str(tmp_path / "c"), *url)
-    assert (done.returncode, nowhere in done.stderr) == (2, True), done.stderr
+    assert (done.returncode, nowhere in done.stderr) == (69, True), done.stderr
 
 
 def test_memory_does_not_grow_with_the_database(

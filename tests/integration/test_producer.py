@@ -175,7 +175,7 @@ def test_sigterm_during_an_outage_says_what_is_not_confirmed(pipeline: Pipeline)
     pipeline.broker.kill()
     try:
         wait_for(lambda: "broker does not confirm" in producer.output(), "a warning")
-        assert producer.stop() == 2, producer.output()
+        assert producer.stop() == 69, producer.output()
     finally:
         pipeline.broker.start().wait_ready()
     last = sent_line(producer)

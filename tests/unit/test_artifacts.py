@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from iot_lab import artifacts
+from iot_lab.command_line import Exit
 
 KAFKA = artifacts.SOURCES / "kafka"
 
@@ -223,7 +224,7 @@ def test_wrong_arguments_are_told(
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
         artifacts.main(arguments)
-    assert stopped.value.code == 2
+    assert stopped.value.code == Exit.USAGE
     assert said in capsys.readouterr().err
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from iot_pipeline import cli
 from iot_pipeline.backup import BackupFile, new_backup
-from iot_pipeline.errors import ConfigError, DamagedBackup, Exit
+from iot_pipeline.errors import DamagedBackup, Exit, UsageError
 from iot_pipeline.restore import Comparison
 from iot_pipeline.schema import Document
 
@@ -107,14 +107,14 @@ def test_the_file_has_its_name_only_once_it_is_whole(tmp_path: Path) -> None:
 
 def test_a_backup_replaces_no_other(tmp_path: Path) -> None:
     write(tmp_path / "b")
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(UsageError, match="exists already"):
         write(tmp_path / "b", [])
     assert BackupFile(tmp_path / "b").check().documents == len(DOCUMENTS)
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = cli.main(["backup", str(tmp_path / "no" / "b"), "--env-file", "/dev/null"])
-    assert status == Exit.FAILED
+    assert status == Exit.IO
     assert "cannot be written" in capsys.readouterr().err
 
 
@@ -210,13 +210,13 @@ def test_check_needs_no_database(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["restore", str(tmp_path / "b"), "--check", "--env-file", "/dev/null"]
-    assert cli.main(command) == Exit.CONFIG
+    assert cli.main(command) == Exit.IO
     assert str(tmp_path / "b") in capsys.readouterr().err
 
 
 def test_check_and_compare_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["restore", "b", "--check", "--compare", "--env-file", "/dev/null"]
-    assert cli.main(command) == Exit.CONFIG
+    assert cli.main(command) == Exit.USAGE
     assert "--compare" in capsys.readouterr().err
 
 

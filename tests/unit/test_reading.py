@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from iot_pipeline.errors import ConfigError
+from iot_pipeline.errors import UsageError
 from iot_pipeline.reading import parse_moment
 
 NOW = datetime(2026, 6, 1, 12, 0, tzinfo=UTC)
@@ -28,5 +28,5 @@ def test_a_moment_is_an_age_or_a_time(text: str, expected: datetime | None) -> N
 
 @pytest.mark.parametrize("text", ["yesterday", "2 h", "2026-01-31", "99999999999d"])
 def test_a_moment_that_is_none_says_what_is_one(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"^--until \(IOT_UNTIL\).*90s, 15m, 2h or 7d"):
+    with pytest.raises(UsageError, match=r"^--until must be .*90s, 15m, 2h or 7d"):
         parse_moment("until", text, NOW)

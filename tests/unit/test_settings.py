@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
 import socket
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from iot_pipeline import cli, settings
-from iot_pipeline.errors import ConfigError, Exit
+from iot_pipeline import audit, cli, settings, worker
+from iot_pipeline.errors import ConfigError, Exit, UsageError
 from iot_pipeline.settings import (
     COMMANDS,
     AuditSettings,
@@ -22,7 +28,6 @@ from iot_pipeline.settings import (
     describe,
     environment_name,
     load,
-    parse_env_file,
 )
 
 
@@ -72,39 +77,15 @@ def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:
 def test_a_file_of_the_service_that_cannot_be_read_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(path: Path, encoding: str) -> str:
-        raise PermissionError(13, f"{path} {encoding}")
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, str(path))
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     assert load(StoreSettings, environment={}).store_address.name == "img_db"
     assert "sudo" in capsys.readouterr().err
     load(StoreSettings, environment={"INVOCATION_ID": "by systemd"})
     assert capsys.readouterr().err == ""
     assert tmp_path.is_dir()
-
-
-@pytest.mark.parametrize(
-    "text,value",
-    [
-        ("A=b", "b"),
-        ("A=b c", "b c"),
-        ("  A = b  ", "b"),
-        ('A="b c"', "b c"),
-        ("A='b \"c'", 'b "c'),
-        (r'A="b \"c\" \\ \$d \`e\` \n"', r'b "c" \ $d `e` \n'),
-        ("A=", ""),
-        ('A=""', ""),
-        ("# no\n; no\n\nA=b#c", "b#c"),
-    ],
-)
-def test_env_files_are_read_as_systemd_reads_them(text: str, value: str) -> None:
-    assert parse_env_file(text) == {"A": value}
-
-
-@pytest.mark.parametrize("text", ["A", "A B=c", 'A="b', "=b"])
-def test_a_line_that_is_no_setting_is_named(text: str) -> None:
-    with pytest.raises(ValueError, match="line 2"):
-        parse_env_file(f"# first\n{text}")
 
 
 @pytest.mark.parametrize(
@@ -136,6 +117,70 @@ def test_the_origin_of_a_wrong_value_is_named(tmp_path: Path) -> None:
         load(InferSettings, environment={})
 
 
+NUMBERS = [
+    pytest.param(command.settings, declared, id=f"{command.name} {declared.name}")
+    for command in COMMANDS
+    for declared in fields(command.settings)
+    if isinstance(declared.default, int | float) and not isinstance(declared.default, bool)
+]
+
+
+@pytest.mark.parametrize("kind,declared", NUMBERS)
+def test_every_number_has_bounds(kind: type[CommandSettings], declared: Any) -> None:
+    about = declared.metadata
+    assert about["minimum"] <= declared.default <= about["maximum"]
+    for wrong in ("-1", "1e300", "9" * 400, "inf", "nan", "", "0x10", "1\n2"):
+        with pytest.raises(ConfigError, match="at least"):
+            load(kind, {declared.name: wrong}, {})
+
+
+def test_why_a_number_is_the_largest_is_said() -> None:
+    with pytest.raises(ConfigError, match=r"at most 20.0, not '60': a service that waits longer"):
+        load(StoreSettings, environment={"IOT_STORE_TIMEOUT": "60"})
+    with pytest.raises(ConfigError, match=r"not '0.01'$"):
+        load(StoreSettings, environment={"IOT_STORE_TIMEOUT": "0.01"})
+
+
+def test_an_answer_is_awaited_no_longer_than_the_watchdog_and_the_stop_wait() -> None:
+    unit = (Path(__file__).parents[2] / "roles/pipeline_app/templates/service.j2").read_text()
+    stop = re.search(r"(?m)^TimeoutStopSec=(\d+)$", unit)
+    assert stop
+    assert min(worker.SILENCE_SECONDS, float(stop[1])) > settings.MAX_STORE_TIMEOUT
+
+
+# All of them, so that a new one has to be thought about.
+FLAGS_ALONE = {
+    "audit": {"since", "expect", "json", "record"},
+    "backup": {"file", "json"},
+    "restore": {"file", "check", "compare", "json"},
+    "dead-letters list": {"which", "reason", "stage", "since", "until", "all", "json"},
+    "dead-letters show": {"which", "reason", "stage", "since", "until", "all", "json"},
+    "dead-letters replay": {
+        *("which", "reason", "stage", "since", "until", "all", "dry_run", "yes"),
+    },
+    "dead-letters drop": {"which", "reason", "stage", "since", "until", "dry_run", "yes"},
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_what_is_about_one_run_only_its_command_line_says(
+    command: settings.Command, tmp_path: Path
+) -> None:
+    alone = {f.name for f in fields(command.settings) if f.metadata["flag_only"]}
+    assert alone == FLAGS_ALONE.get(command.name, set())
+    variables = {environment_name(name): "1" for name in alone}
+    file = tmp_path / "file"
+    file.write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
+    loaded = load(command.settings, {"env_file": str(file)}, variables)
+    assert describe(loaded) == describe(load(command.settings, {"env_file": "/dev/null"}, {}))
+    assert all(getattr(load(command.settings, {name: "1"}, {}), name) for name in alone)
+
+
+def test_what_only_a_command_line_says_is_wrong_usage() -> None:
+    with pytest.raises(UsageError, match="--expect must be"):
+        load(AuditSettings, {"expect": "many"}, {})
+
+
 @pytest.mark.parametrize("text,value", [("true", True), ("1", True), ("No", False), ("0", False)])
 def test_booleans(text: str, value: bool) -> None:
     assert load(ProduceSettings, environment={"IOT_SHUFFLE": text}).shuffle is value
@@ -159,7 +204,8 @@ def test_help_shows_every_setting_with_its_variable(
             assert f" {declared.metadata['metavar']} {declared.metadata['help']}" in text
             continue
         assert settings.flag_name(declared.name) in text
-        assert environment_name(declared.name) in text
+        variable = environment_name(declared.name)
+        assert (f"({variable};" in text) is not declared.metadata["flag_only"]
 
 
 def test_some_commands_are_about_any_number_of_things() -> None:
@@ -174,6 +220,66 @@ def test_a_group_of_commands_wants_one_of_them(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         cli.main(["dead-letters"])
     assert "ACTION" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["audti"],
+        ["audit", "--jsn"],
+        ["audit", "--grace"],
+        ["dead-letters"],
+        ["dead-letters", "dorp"],
+        ["dead-letters", "drop", "--al"],
+        ["backup"],
+    ],
+    ids=" ".join,
+)
+def test_a_typo_is_no_outage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    assert caught.value.code == Exit.USAGE
+    assert "usage: iot-pipeline" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error,status",
+    [
+        (RuntimeError("unforeseen"), Exit.INTERNAL),
+        (MemoryError(), Exit.INTERNAL),
+        (KeyboardInterrupt(), Exit.INTERRUPTED),
+    ],
+    ids=repr,
+)
+def test_what_kept_a_command_from_an_answer_is_no_answer(
+    error: BaseException,
+    status: Exit,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(_: AuditSettings) -> int:
+        raise error
+
+    monkeypatch.setattr(audit, "run", fail)
+    assert cli.main(["audit", "--env-file", "/dev/null"]) == status
+    assert ("Traceback" in capsys.readouterr().err) is (status == Exit.INTERNAL)
+
+
+def test_a_reader_that_leaves_is_no_error_of_ours() -> None:
+    main = (
+        "import sys; from iot_pipeline import audit, cli; "
+        "audit.run = lambda _: print('line ' * 100_000) or 0; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    command = f"{sys.executable} -c {shlex.quote(main)} audit --env-file /dev/null | head -c 1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (Exit.IO, "")
 
 
 def test_what_a_command_is_about_needs_no_flag(capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,7 +58,7 @@ from typing import Any
 from kafka.errors import GroupAuthorizationFailedError
 from kafka.structs import TopicPartition
 
-from iot_pipeline.errors import ConfigError, Exit, InvalidMessage
+from iot_pipeline.errors import ConfigError, Exit, FileError, InvalidMessage
 from iot_pipeline.progress import Progress
 from iot_pipeline.reading import CLOCK_SKEW, begins_of, ends_of, parse_moment, read, reading
 from iot_pipeline.schema import (
@@ -542,14 +542,14 @@ def _leave(report: Report, file: Path, at: datetime) -> None:
     """Leave the result for those who look later. A file that is there is whole.
 
     Raises:
-        ConfigError: it cannot be written.
+        FileError: it cannot be written.
     """
     new = file.with_name(f"{file.name}.new")
     try:
         new.write_text(json.dumps({"at": format_time(at), **report.__dict__}) + "\n")
         new.replace(file)
     except OSError as error:
-        raise ConfigError(f"--record (IOT_RECORD) {file}: {error.strerror}") from error
+        raise FileError(f"--record {file}: {error.strerror}") from error
 
 
 def run(settings: AuditSettings) -> int:
@@ -558,6 +558,7 @@ def run(settings: AuditSettings) -> int:
     Raises:
         SinkUnavailable: the broker or the database does not answer.
         ConfigError: a setting cannot be used.
+        FileError: the file of --record cannot be written.
     """
     set_up_logging(settings.log_level if settings.log_level != "info" else "warning")
     at = now()

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from iot_pipeline.errors import ConfigError, DamagedBackup, Exit, PipelineError
+from iot_pipeline.errors import DamagedBackup, Exit, FileError, UsageError
 from iot_pipeline.progress import Progress
 from iot_pipeline.schema import (
     Document,
@@ -66,11 +66,11 @@ def new_backup(path: Path, database: str) -> Iterator[Callable[[Document], None]
     """Give what adds a document to a new backup; the file appears under its name once it is whole.
 
     Raises:
-        ConfigError: there is such a file already.
-        PipelineError: the file cannot be written.
+        UsageError: there is such a file already.
+        FileError: the file cannot be written.
     """
     if path.exists():
-        raise ConfigError(f"{path} exists already: name another file")
+        raise UsageError(f"{path} exists already: name another file")
     try:
         # Beside it, so that it can be renamed; readable by its owner alone.
         with tempfile.NamedTemporaryFile(
@@ -86,7 +86,7 @@ def new_backup(path: Path, database: str) -> Iterator[Callable[[Document], None]
                 raise
         _sync_folder(path.parent)
     except OSError as error:
-        raise PipelineError(f"{path} cannot be written: {error}") from error
+        raise FileError(f"{path} cannot be written: {error}") from error
 
 
 def _write(file: Any, database: str) -> Iterator[Callable[[Document], None]]:
@@ -133,7 +133,7 @@ class BackupFile:
 
         Raises:
             DamagedBackup: it is no backup, or not whole.
-            ConfigError: there is no such file, or we may not read it.
+            FileError: there is no such file, or we may not read it.
         """
         with self._lines() as lines:
             header = self._header(next(lines, b""))
@@ -148,7 +148,7 @@ class BackupFile:
         """All documents, in the order of the file. Only after the last one it is known to be whole.
 
         Raises:
-            DamagedBackup, ConfigError: as `check`.
+            DamagedBackup, FileError: as `check`.
         """
         return (document for _, document in self._documents())
 
@@ -182,7 +182,7 @@ class BackupFile:
             with self.path.open("rb") as file:
                 yield self._split(file)
         except OSError as error:
-            raise ConfigError(f"the backup cannot be read: {error}") from error
+            raise FileError(f"the backup cannot be read: {error}") from error
 
     def _split(self, file: BinaryIO) -> Iterator[bytes]:
         stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)

@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from iot_pipeline.errors import PipelineError
+from iot_pipeline.errors import Exit, PipelineError
 from iot_pipeline.service import Log
 
 log = Log("download")
@@ -25,6 +25,8 @@ LOG_INTERVAL = 10.0  # seconds between lines of progress where there is no termi
 
 class DownloadError(PipelineError):
     """The file cannot be had from there; the message says why."""
+
+    exit_status = Exit.UNREACHABLE
 
 
 def digest(path: Path, heartbeat: Callable[[], None] = lambda: None) -> str:

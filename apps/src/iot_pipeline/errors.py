@@ -6,19 +6,30 @@ from enum import IntEnum, StrEnum
 
 
 class Exit(IntEnum):
-    """Exit statuses of `iot-pipeline` (those above 63 as in sysexits.h)."""
+    """Exit statuses of `iot-pipeline`: those from 64 to 78 as in sysexits.h.
+
+    An answer to what was asked is 0 or 1; whatever kept the command from answering is another.
+    """
 
     OK = 0
+    """Done, or the answer is yes."""
     FAILED = 1
-    """Audit: images are missing. Restore: documents are. Others: an error nobody foresaw."""
-    UNREACHABLE = 2
-    """Audit, backup, restore: the broker or the database did not answer. Also argparse's status for
-    wrong usage."""
+    """Not all is as it should be: images are missing, documents differ, a record cannot go back."""
+    USAGE = 64
+    """The command line is wrong; nothing was done."""
     DATA = 65
     """Too many records could not be handled, or a backup is damaged; a restart will not help before
     someone looks."""
+    UNREACHABLE = 69
+    """The broker or the database did not answer."""
+    INTERNAL = 70
+    """An error nobody foresaw; its traceback is on standard error."""
+    IO = 74
+    """A file cannot be read or written, or nobody reads the output any more."""
     CONFIG = 78
     """A setting is wrong or missing; a restart will not help before it is set."""
+    INTERRUPTED = 130
+    """Ctrl-C, as a shell has it: 128 and the signal's number."""
 
 
 class Reason(StrEnum):
@@ -50,6 +61,18 @@ class ConfigError(PipelineError):
     """A setting is wrong or missing. The message says which and what to set."""
 
     exit_status = Exit.CONFIG
+
+
+class UsageError(ConfigError):
+    """What only a command line can say is wrong. The message says which and what to say."""
+
+    exit_status = Exit.USAGE
+
+
+class FileError(PipelineError):
+    """A file cannot be read or written. The message says which and why."""
+
+    exit_status = Exit.IO
 
 
 class TooManyDeadLetters(PipelineError):

@@ -32,8 +32,10 @@ class PasswordFile:
         Raises:
             OSError, ValueError: it cannot be read, or holds none.
         """
-        text = Path(self.path).read_text(encoding="utf-8")
-        passwords = [line for line in text.splitlines() if line]
+        # An editor may have put a byte order mark before the first. Only a line feed ends one, with
+        # the carriage return of other systems before it: a password may hold any other character.
+        lines = Path(self.path).read_bytes().decode("utf-8-sig").split("\n")
+        passwords = [line for line in (each.removesuffix("\r") for each in lines) if line]
         if not passwords:
             raise ValueError(f"{self.path} is empty")
         return passwords

@@ -19,11 +19,11 @@ from typing import Any
 from kafka.errors import AuthorizationError, KafkaError
 from kafka.structs import TopicPartition
 
-from iot_pipeline.errors import ConfigError, SinkUnavailable
+from iot_pipeline.errors import SinkUnavailable, UsageError
 from iot_pipeline.kafka import describe_error, make_reader, no_such_topic, not_allowed
 from iot_pipeline.progress import Progress
 from iot_pipeline.schema import parse_time
-from iot_pipeline.settings import Settings, environment_name, flag_name
+from iot_pipeline.settings import Settings, flag_name
 
 STALLED_SECONDS = 30.0
 # How far the clocks of hosts may be apart.
@@ -39,12 +39,12 @@ def parse_moment(name: str, text: str, at: datetime) -> datetime | None:
     """An RFC 3339 time, or an age such as 15m, as a time; None for the empty text.
 
     Args:
-        name: the setting that holds it.
+        name: the setting that holds it, which only a flag gives.
         text: its value.
         at: the present time.
 
     Raises:
-        ConfigError: it is neither.
+        UsageError: it is neither.
     """
     if not text:
         return None
@@ -54,9 +54,9 @@ def parse_moment(name: str, text: str, at: datetime) -> datetime | None:
             return at - timedelta(seconds=float(age[1]) * _SECONDS[age[2]])
         return parse_time(text)
     except (ValueError, OverflowError) as error:
-        raise ConfigError(
-            f"{flag_name(name)} ({environment_name(name)}) must be an age such as 90s, 15m, 2h or "
-            f"7d, or an RFC 3339 time such as 2026-01-31T12:00:00Z, not {text!r}"
+        raise UsageError(
+            f"{flag_name(name)} must be an age such as 90s, 15m, 2h or 7d, or an RFC 3339 time "
+            f"such as 2026-01-31T12:00:00Z, not {text!r}"
         ) from error
 
 

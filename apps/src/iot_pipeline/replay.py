@@ -17,7 +17,7 @@ from typing import Any
 
 from kafka.errors import KafkaError
 
-from iot_pipeline.errors import ConfigError, Exit, RecordTooLarge, SinkUnavailable
+from iot_pipeline.errors import Exit, RecordTooLarge, SinkUnavailable, UsageError
 from iot_pipeline.kafka import Sender, describe_error
 from iot_pipeline.letters import (
     Letter,
@@ -206,7 +206,7 @@ def _agreed(letters: Sequence[Letter], settings: DropDeadLettersSettings) -> boo
     if settings.yes:
         return True
     if not sys.stdin.isatty():
-        raise ConfigError("nobody can be asked without a terminal: --yes does it without asking")
+        raise UsageError("nobody can be asked without a terminal: --yes does it without asking")
     try:
         agreed = input(f"{action.capitalize()} them? [y/N] ").strip().lower() in ("y", "yes")
     except (EOFError, KeyboardInterrupt):
@@ -251,8 +251,8 @@ def run(settings: DropDeadLettersSettings) -> int:
 
     Raises:
         SinkUnavailable: the broker does not answer.
-        ConfigError: a setting cannot be used, a topic may not be read or written to, or nobody can
-            be asked.
+        ConfigError: a setting cannot be used, or a topic may not be read or written to.
+        UsageError: nobody can be asked.
     """
     set_up_logging("warning")
     selection = Selection.of(settings, now())

@@ -2,7 +2,8 @@
 
 A setting `max_batch_size` is the flag `--max-batch-size` and the environment variable
 `IOT_MAX_BATCH_SIZE`. A flag wins over the environment, the environment over the settings file, and
-that over the default.
+that over the default. What is about one run of a command, such as `--yes`, only its command line
+says.
 """
 
 from __future__ import annotations
@@ -21,12 +22,20 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
 from urllib.parse import unquote
 
-from iot_pipeline.errors import ConfigError
+from iot_pipeline.env_file import read_env_file
+from iot_pipeline.errors import ConfigError, UsageError
 
 SETTINGS_DIRECTORY = Path("/etc/iot-pipeline")
 
-_QUOTED = re.compile(r"""'([^']*)'|"((?:[^"\\]|\\.)*)\"""")
-_ESCAPED = re.compile(r'\\(["\\$`])')
+# A service that gives no sign of life for 30 s is restarted as one that hangs, and one that is to
+# stop waits 20 s for what is in hand: a request that nobody answers has to end before.
+MAX_STORE_TIMEOUT = 20.0  # seconds
+# MongoDB's limit of a document, which an image becomes; CouchDB's is lower.
+MAX_RECORD_BYTES = 16 * 1024 * 1024
+# A quarter of a gibibyte of pixels: above it Pillow itself takes an image for an attack.
+MAX_IMAGE_PIXELS = 89_478_485
+MAX_COUNT = 10**12  # more images than a topic ever had
+MONTH = 30 * 86_400  # seconds
 
 _ADDRESS = re.compile(
     r"(?:(?P<host>\w[\w.-]*)|\[(?P<address>[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*)\])(?::(?P<port>[0-9]{1,5}))?"
@@ -44,9 +53,11 @@ def setting(  # noqa: PLR0913 - all but two by name
     choices: Sequence[str] = (),
     minimum: float | None = None,
     maximum: float | None = None,
+    limit: str = "",
     required: bool = False,
     metavar: str = "",
     positional: bool = False,
+    flag_only: bool = False,
 ) -> Any:
     """Declare a setting.
 
@@ -57,10 +68,13 @@ def setting(  # noqa: PLR0913 - all but two by name
         choices: the only values allowed.
         minimum: the smallest number allowed.
         maximum: the largest number allowed.
+        limit: why it is the largest, where that is not plain.
         required: whether the empty string is refused.
         metavar: what `--help` shows for the value.
         positional: whether it is what the command is about, which needs no flag; unless required,
             any number of words.
+        flag_only: whether it is about one run of the command, so that neither the environment nor
+            a settings file may say it. What is positional is so too.
     """
     metadata = {
         "help": help,
@@ -68,9 +82,11 @@ def setting(  # noqa: PLR0913 - all but two by name
         "choices": tuple(choices),
         "minimum": minimum,
         "maximum": maximum,
+        "limit": limit,
         "required": required,
         "metavar": metavar,
         "positional": positional,
+        "flag_only": flag_only or positional,
     }
     if callable(default):
         return field(default_factory=default, metadata=metadata)
@@ -142,6 +158,8 @@ class Settings(CommandSettings):
         "largest record, key and headers included, that is sent or taken",
         unit="bytes",
         minimum=1024,
+        maximum=MAX_RECORD_BYTES,
+        limit="no database takes a larger document",
     )
     log_level: str = setting(
         "info", "least severe events to log", choices=("debug", "info", "warning", "error")
@@ -307,17 +325,19 @@ class ProduceSettings(Settings):
         "time from one image to the next; 0 sends as fast as the broker takes them",
         unit="seconds",
         minimum=0,
+        maximum=MONTH,
     )
     count: int = setting(
         0,
         "images to send before ending, with a progress bar on a terminal; 0 goes on for ever",
         minimum=0,
+        maximum=MAX_COUNT,
     )
     compression: str = setting(
         "zstd", "how images are compressed on their way", choices=("none", "gzip", "lz4", "zstd")
     )
     shuffle: bool = setting(False, "send the images in random order")
-    seed: int = setting(0, "seed of the random order", minimum=0)
+    seed: int = setting(0, "seed of the random order", minimum=0, maximum=2**32 - 1)
     source_name: str = setting(
         socket.gethostname, "name of this device in its messages", required=True, metavar="NAME"
     )
@@ -351,7 +371,10 @@ class ConsumerSettings(Settings):
         maximum=10,
     )
     max_consecutive_dead_letters: int = setting(
-        100, "refused records in a row that stop the service; 0 never stops it", minimum=0
+        100,
+        "refused records in a row that stop the service; 0 never stops it",
+        minimum=0,
+        maximum=MAX_COUNT,
     )
     max_dead_letter_share: float = setting(
         0.5,
@@ -416,6 +439,8 @@ class InferSettings(ModelSettings, ConsumerSettings):
         "largest image that is decoded; no edge may exceed 65535 pixels",
         unit="pixels",
         minimum=1,
+        maximum=MAX_IMAGE_PIXELS,
+        limit="a larger one takes more memory than its file lets expect, as an attack does",
     )
 
 
@@ -602,7 +627,12 @@ class DatabaseSettings(CommandSettings):
         metavar="FILE",
     )
     store_timeout: float = setting(
-        15.0, "longest wait for an answer of the database", unit="seconds", minimum=0.1
+        15.0,
+        "longest wait for an answer of the database",
+        unit="seconds",
+        minimum=0.1,
+        maximum=MAX_STORE_TIMEOUT,
+        limit="a service that waits longer is taken for one that hangs, or does not stop in time",
     )
 
     @property
@@ -660,7 +690,7 @@ class AuditSettings(DatabaseSettings, Settings):
     SETTINGS_FILES = ("iot-audit", "iot-storage")
     DESCRIPTION = (
         "Compare both topics with the database: is every image that was produced predicted and "
-        "stored, once? Exit status 0: yes. 1: something is missing. 2: the broker or the database "
+        "stored, once? Exit status 0: yes. 1: something is missing. 69: the broker or the database "
         "does not answer."
     )
 
@@ -669,20 +699,29 @@ class AuditSettings(DatabaseSettings, Settings):
         "age below which an image counts as pending, not as missing",
         unit="seconds",
         minimum=0,
+        maximum=MONTH,
     )
     since: str = setting(
         "",
         "look only at images that came since: an RFC 3339 time, or an age as 90s, 15m, 2h or 7d",
         metavar="TIME|AGE",
+        flag_only=True,
     )
     expect: int = setting(
-        0, "also fail (exit status 1) when fewer images than this were produced", minimum=0
+        0,
+        "also fail (exit status 1) when fewer images than this were produced",
+        minimum=0,
+        maximum=MAX_COUNT,
+        flag_only=True,
     )
     inference_group: str = setting("iot-inference", "consumer group of inference", required=True)
     storage_group: str = setting("iot-storage", "consumer group of storage", required=True)
-    json: bool = setting(False, "print one JSON object on one line")
+    json: bool = setting(False, "print one JSON object on one line", flag_only=True)
     record: str = setting(
-        "", "also leave the result, with its time, in this file as JSON", metavar="FILE"
+        "",
+        "also leave the result, with its time, in this file as JSON",
+        metavar="FILE",
+        flag_only=True,
     )
 
 
@@ -695,8 +734,8 @@ class BackupSettings(DatabaseSettings):
     SETTINGS_FILES = ("iot-audit", "iot-storage")
     DESCRIPTION = (
         "Write all documents of the database to a file, which appears once it is whole. Services "
-        "go on meanwhile. Exit status 0: written. 1: the file cannot be written. 2: the database "
-        "does not answer."
+        "go on meanwhile. Exit status 0: written. 69: the database does not answer. 74: the file "
+        "cannot be written."
     )
 
     file: str = setting(
@@ -707,8 +746,9 @@ class BackupSettings(DatabaseSettings):
         "longest wait for the other half of documents that are younger than this",
         unit="seconds",
         minimum=0,
+        maximum=MONTH,
     )
-    json: bool = setting(False, "print one JSON object on one line")
+    json: bool = setting(False, "print one JSON object on one line", flag_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -720,26 +760,28 @@ class RestoreSettings(DatabaseSettings):
     DESCRIPTION = (
         "Merge the documents of a backup into the database. Services go on meanwhile, and doing it "
         "again changes nothing. A damaged file is refused before anything is written. Exit status "
-        "0: all is there. 1: something is not, or was refused. 2: the database does not answer. "
-        "65: the file is damaged."
+        "0: all is there. 1: something is not, or was refused. 65: the file is damaged. 69: the "
+        "database does not answer."
     )
 
     file: str = setting("", "the backup", required=True, metavar="FILE", positional=True)
-    check: bool = setting(False, "only read the file and tell whether it is whole")
+    check: bool = setting(False, "only read the file and tell whether it is whole", flag_only=True)
     compare: bool = setting(
-        False, "only compare the file with the database, document by document, and write nothing"
+        False,
+        "only compare the file with the database, document by document, and write nothing",
+        flag_only=True,
     )
-    json: bool = setting(False, "print one JSON object on one line")
+    json: bool = setting(False, "print one JSON object on one line", flag_only=True)
 
     def __post_init__(self) -> None:
         """Check that it is said which.
 
         Raises:
-            ConfigError: it is not.
+            UsageError: it is not.
         """
         super().__post_init__()
         if self.check and self.compare:
-            raise ConfigError("--check looks at the file alone, --compare at the database too")
+            raise UsageError("--check looks at the file alone, --compare at the database too")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -757,15 +799,23 @@ class DeadLetterSettings(Settings):
         positional=True,
     )
     reason: str = setting(
-        "", "only those refused for this reason, or one of several", metavar="REASON[,REASON…]"
+        "",
+        "only those refused for this reason, or one of several",
+        metavar="REASON[,REASON…]",
+        flag_only=True,
     )
-    stage: str = setting("", "only those of this service, such as iot-inference", metavar="NAME")
+    stage: str = setting(
+        "", "only those of this service, such as iot-inference", metavar="NAME", flag_only=True
+    )
     since: str = setting(
         "",
         "only those refused since: an RFC 3339 time, or an age such as 90s, 15m, 2h or 7d",
         metavar="TIME|AGE",
+        flag_only=True,
     )
-    until: str = setting("", "only those refused before, written as --since", metavar="TIME|AGE")
+    until: str = setting(
+        "", "only those refused before, written as --since", metavar="TIME|AGE", flag_only=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -774,11 +824,13 @@ class ListDeadLettersSettings(DeadLetterSettings):
 
     DESCRIPTION = (
         "List dead letters that are open: neither replayed nor dropped. Exit status 0: listed. 1: "
-        "one that was named is not there. 2: the broker does not answer."
+        "one that was named is not there. 69: the broker does not answer."
     )
 
-    all: bool = setting(False, "also those that were replayed or dropped")
-    json: bool = setting(False, "print one JSON object a dead letter, each on one line")
+    all: bool = setting(False, "also those that were replayed or dropped", flag_only=True)
+    json: bool = setting(
+        False, "print one JSON object a dead letter, each on one line", flag_only=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -788,7 +840,7 @@ class ShowDeadLettersSettings(ListDeadLettersSettings):
     DESCRIPTION = (
         "Show all that is known of open dead letters, and how their values begin; with --json, the "
         "whole values in base64. Exit status 0: shown. 1: there is none, or one that was named is "
-        "not there. 2: the broker does not answer."
+        "not there. 69: the broker does not answer."
     )
 
 
@@ -798,12 +850,12 @@ class DropDeadLettersSettings(DeadLetterSettings):
 
     DESCRIPTION = (
         "Be done with open dead letters without replaying them. Their bytes stay until Kafka's "
-        "retention ends. Shows which, and asks. Exit status 0: done. 1: not, or not all. 2: the "
+        "retention ends. Shows which, and asks. Exit status 0: done. 1: not, or not all. 69: the "
         "broker does not answer; what is left is still open, do it again."
     )
 
-    dry_run: bool = setting(False, "only show which")
-    yes: bool = setting(False, "do not ask")
+    dry_run: bool = setting(False, "only show which", flag_only=True)
+    yes: bool = setting(False, "do not ask", flag_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -813,11 +865,11 @@ class ReplayDeadLettersSettings(DropDeadLettersSettings):
     DESCRIPTION = (
         "Send the records of open dead letters, keys and bytes untouched, back to the topics they "
         "came from. What is refused again comes back as a new dead letter. Shows which, and asks. "
-        "Exit status 0: done. 1: not, or not all. 2: the broker does not answer; what is left is "
+        "Exit status 0: done. 1: not, or not all. 69: the broker does not answer; what is left is "
         "still open, do it again."
     )
 
-    all: bool = setting(False, "also those that were replayed or dropped")
+    all: bool = setting(False, "also those that were replayed or dropped", flag_only=True)
 
 
 SettingsT = TypeVar("SettingsT", bound=CommandSettings)
@@ -851,7 +903,8 @@ def add_arguments(parser: argparse.ArgumentParser, kind: type[CommandSettings]) 
             parser.add_argument(declared.name, metavar=metavar, nargs=nargs, help=about["help"])
             continue
         text = f"{about['help']}{' [' + about['unit'] + ']' if about['unit'] else ''}"
-        text = f"{text} ({environment_name(declared.name)}; default: {_default_text(declared)})"
+        variable = "" if about["flag_only"] else f"{environment_name(declared.name)}; "
+        text = f"{text} ({variable}default: {_default_text(declared)})"
         text = text.replace("%", "%%")
         if types[declared.name] is bool:
             parser.add_argument(
@@ -890,6 +943,7 @@ def load(
 
     Raises:
         ConfigError: a value cannot be used, or a settings file that was named cannot be read.
+        UsageError: a value that only a flag can give cannot be used.
     """
     flags = flags or {}
     environment = os.environ if environment is None else environment
@@ -900,18 +954,24 @@ def load(
         name, variable = declared.name, environment_name(declared.name)
         if flags.get(name) is not None:
             raw, origin = flags[name], flag_name(name)
+        elif declared.metadata["flag_only"]:
+            continue
         elif variable in environment:
             raw, origin = environment[variable], variable
         elif variable in from_file:
             raw, origin = from_file[variable], f"{variable} in {file}"
         else:
             continue
-        values[name] = _parse(declared, types[name], raw, origin)
+        try:
+            values[name] = _parse(declared.metadata, types[name], raw, origin)
+        except ConfigError as error:
+            if declared.metadata["flag_only"]:
+                raise UsageError(str(error)) from error
+            raise
     return kind(**values)
 
 
-def _parse(declared: Field[Any], type_: type, raw: Any, origin: str) -> Any:
-    about = declared.metadata
+def _parse(about: Mapping[str, Any], type_: type, raw: Any, origin: str) -> Any:
     if isinstance(raw, bool):
         return raw
     text = " ".join(raw) if isinstance(raw, list) else str(raw).strip()
@@ -935,13 +995,14 @@ def _parse_number(about: Mapping[str, Any], type_: type, text: str, origin: str)
         value: int | float = type_(text)
     except ValueError:
         value = math.nan
-    if math.isfinite(value) and low <= value <= high:
+    if low <= value <= high and abs(value) != math.inf:
         return value
     needed = "a whole number" if type_ is int else "a number"
     needed += f" of {about['unit']}" if about["unit"] else ""
     needed += f", at least {low}" if math.isfinite(low) else ""
     needed += f", at most {high}" if math.isfinite(high) else ""
-    raise ConfigError(f"{origin} must be {needed}, not {text!r}")
+    why = f": {about['limit']}" if about["limit"] and value > high else ""
+    raise ConfigError(f"{origin} must be {needed}, not {text!r}{why}")
 
 
 def _settings_file(
@@ -951,7 +1012,7 @@ def _settings_file(
     if named:
         path = Path(named)
         try:
-            return path, parse_env_file(path.read_text(encoding="utf-8"))
+            return path, read_env_file(path)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"settings file {path} (--env-file, IOT_ENV_FILE): {error}"
@@ -959,7 +1020,7 @@ def _settings_file(
     for service in kind.SETTINGS_FILES:
         path = SETTINGS_DIRECTORY / f"{service}.env"
         try:
-            return path, parse_env_file(path.read_text(encoding="utf-8"))
+            return path, read_env_file(path)
         except FileNotFoundError:
             continue
         except PermissionError:
@@ -973,31 +1034,6 @@ def _settings_file(
         except (OSError, ValueError) as error:
             raise ConfigError(f"settings file {path}: {error}") from error
     return None, {}
-
-
-def parse_env_file(text: str) -> dict[str, str]:
-    """Read NAME=value lines as systemd's EnvironmentFile does: comments, quotes, no expansion.
-
-    Raises:
-        ValueError: a line is neither empty, nor a comment, nor NAME=value.
-    """
-    values: dict[str, str] = {}
-    for number, untrimmed in enumerate(text.splitlines(), start=1):
-        line = untrimmed.strip()
-        if not line or line[0] in "#;":
-            continue
-        name, equals, value = line.partition("=")
-        if not equals or not name.strip().isidentifier():
-            raise ValueError(f"line {number} is not NAME=value")
-        value = value.strip()
-        quoted = _QUOTED.fullmatch(value)
-        if quoted:
-            single, double = quoted.groups()
-            value = single if double is None else _ESCAPED.sub(r"\1", double)
-        elif value[:1] in ("'", '"'):
-            raise ValueError(f"line {number}: the quote is not closed")
-        values[name.strip()] = value
-    return values
 
 
 def describe(settings: CommandSettings) -> dict[str, Any]:

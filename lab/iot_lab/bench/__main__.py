@@ -16,6 +16,7 @@ from typing import Any
 from iot_lab import paths, setup
 from iot_lab.bench import measure, page
 from iot_lab.bench.access import Lab
+from iot_lab.command_line import Exit, Parser
 from iot_lab.console import Colour, duration, paint, say
 from iot_lab.shell import LabError, locked, shown, stop_on_signals
 
@@ -38,15 +39,15 @@ def main(arguments: list[str] | None = None) -> int:
             return _measure(options, words)
     except LabError as error:
         print(f"{paint('bench:', Colour.BAD)} {error}", file=sys.stderr)
-        return 1
+        return Exit.UNAVAILABLE
     except KeyboardInterrupt:
         print("bench: interrupted", file=sys.stderr)
-        return 130
+        return Exit.INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
     listed = "; ".join(f"{name}: {text}" for name, text in measure.PARTS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lab bench",
         description="Measure the pipeline on the running lab. Its services are stopped meanwhile "
         "and started again at the end; topics, groups and databases that the benchmark makes are "

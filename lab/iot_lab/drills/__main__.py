@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 
 from iot_lab import artifacts, hosts, paths
+from iot_lab.command_line import Exit, Parser
 from iot_lab.console import Colour, duration, paint, say, table
 from iot_lab.drills import drill as drills
 from iot_lab.drills import faults, page, run
@@ -27,14 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(options)
     except LabError as error:
         print(f"{paint('drill:', Colour.BAD)} {error}", file=sys.stderr)
-        return 1
+        return Exit.UNAVAILABLE
     except KeyboardInterrupt:
         print("drill: interrupted; what it did was undone", file=sys.stderr)
-        return 130
+        return Exit.INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lab drill",
         description="Break the running lab on purpose while images flow, and audit. Each drill is "
         f"a file of {shown(drills.FOLDER)}. Exit status 1: something was lost, stored twice, or "
