@@ -159,7 +159,7 @@ class Settings(CommandSettings):
         unit="bytes",
         minimum=1024,
         maximum=MAX_RECORD_BYTES,
-        limit="no database takes a larger document",
+        limit="MongoDB takes no larger document",
     )
     log_level: str = setting(
         "info", "least severe events to log", choices=("debug", "info", "warning", "error")
