@@ -362,7 +362,7 @@ def test_lab_is_read() -> None:
     assert min(white) >= 254
 
 
-@pytest.mark.parametrize("format_", ["GIF", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("format_", ["GIF", "PNG", "WEBP", "TIFF", "MPO"])
 def test_of_several_frames_the_first_is_shown(format_: str) -> None:
     first, second = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
     data = saved(first, format_, save_all=True, append_images=[second], lossless=True)
