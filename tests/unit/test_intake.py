@@ -196,6 +196,21 @@ def test_a_partition_that_is_gone_is_forgotten() -> None:
     assert taken(intake.take(9, PLENTY)) == {ONE: [1]}
 
 
+def test_who_was_waited_for_in_vain_is_waited_for_again_once_it_is_well() -> None:
+    intake = Intake(40, PLENTY)
+    intake.add(ONE, records(ONE, 40))
+    # Its last record is the mark that ends a transaction, again and again.
+    for end in (3, 6, 9):
+        intake.add(TWO, records(TWO, 2, end - 3))
+        ends = {ONE: 1000, TWO: end}
+        assert intake.lacking(ends) == ({TWO} if end == 3 else set())
+        intake.give_up({TWO})
+    intake.add(TWO, records(TWO, 20, 10))
+    intake.take(60, PLENTY)
+    intake.add(ONE, records(ONE, 40, 40))
+    assert intake.lacking({ONE: 1000, TWO: 1000}) == {TWO}
+
+
 def test_only_what_the_broker_is_known_to_have_is_waited_for() -> None:
     intake = Intake(4, PLENTY)
     intake.add(ONE, records(ONE, 1))

@@ -55,8 +55,9 @@ class Intake:
             served = self._served.get(partition, 0)
             self._served[partition] = max(served, most - self._max_records)
         waiting.extend(records)
-        self._overdue.discard(partition)
         self._bytes[partition] = self._bytes.get(partition, 0) + sum(map(size, records))
+        if len(waiting) >= self._share(self._waiting) or partition in self.full(self._waiting):
+            self._overdue.discard(partition)
         self._ends[partition] = records[-1].offset + 1
 
     def drop(self, partitions: Collection[TopicPartition]) -> None:
@@ -89,7 +90,7 @@ class Intake:
                 as in the first moments after the start. A backlog in the others then suggests that
                 it has one, too.
         """
-        share = max(1, self._max_records // max(1, len(ends)))
+        share = self._share(ends)
         backlog = self.backlog(ends)
         full = self.full(ends)
         return {
@@ -110,11 +111,18 @@ class Intake:
         unread = (self._unread(partition, end) for partition, end in ends.items() if end)
         return len(self) + sum(unread) >= self._max_records
 
+    def _share(self, partitions: Collection[TopicPartition]) -> int:
+        """Records of each partition in a batch that has all that it may."""
+        return max(1, self._max_records // max(1, len(partitions)))
+
     def _unread(self, partition: TopicPartition, end: int) -> int:
         return end - self._ends.get(partition, end)
 
     def give_up(self, partitions: Collection[TopicPartition]) -> None:
-        """Miss these partitions no more until they have records again."""
+        """Miss these partitions no more until they have a whole share again.
+
+        Some never give their last records, such as the mark that ends a transaction.
+        """
         self._overdue.update(partitions)
 
     def take(self, max_records: int, max_bytes: int) -> list[Record]:
