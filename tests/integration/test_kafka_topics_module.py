@@ -46,7 +46,8 @@ def test_a_topic_through_its_life(module: Module, name: str) -> None:
     assert module(first)["created"] == [name], "check mode has created the topic"
     assert module(first)["changed"] is False
 
-    more = [{"name": name, "partitions": 3, "config": {"retention.ms": None, "segment.ms": 60000}}]
+    config = {"retention.ms": None, "segment.ms": 60000, "message.timestamp.type": "LogAppendTime"}
+    more = [{"name": name, "partitions": 3, "config": config}]
     refused = module(more)
     assert refused["failed"]
     assert "kafka_resources_grow_partitions" in refused["msg"]
