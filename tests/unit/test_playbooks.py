@@ -72,6 +72,29 @@ def test_apps_keep_both_passwords_where_a_server_could_not_be_changed(
     assert (f"{failing} failed before" in done.stdout) != told
 
 
+@pytest.mark.parametrize("failing,preferred", [("storage-2", True), ("database", False)])
+def test_a_new_password_comes_first_where_the_database_knows_it(
+    tmp_path: Path, failing: str, preferred: bool
+) -> None:
+    before = {
+        "hosts": "all",
+        "gather_facts": False,
+        "strategy": "ansible.builtin.free",
+        "tasks": [{"ansible.builtin.fail": {}, "when": f"inventory_hostname == '{failing}'"}],
+    }
+    plays = yaml.safe_load((ROOT / "ansible/playbooks/install.yml").read_text())
+    [play] = [play for play in plays if play["name"].startswith("Begin with the database's new")]
+    [task] = play["tasks"]
+    assert task["ansible.builtin.include_role"].pop("tasks_from") == "prefer"
+    told = {"ansible.builtin.debug": {"msg": "preferred"}, "when": task["when"]}
+    (tmp_path / "play.yml").write_text(
+        json.dumps([before, {**play, "become": False, "tasks": [told]}])
+    )
+    hosts = {name: {"hosts": dict.fromkeys(members)} for name, members in GROUPS.items()}
+    done = run(tmp_path, {"children": hosts}, "--connection=local", "play.yml")
+    assert ("msg: preferred" in done.stdout) == preferred, done.stdout + done.stderr
+
+
 def test_a_host_that_does_not_answer_is_asked_once_and_named(tmp_path: Path) -> None:
     lost = {
         "ansible_host": "127.0.0.1",
