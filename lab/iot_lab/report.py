@@ -12,7 +12,7 @@ from typing import Any
 from iot_lab import remote
 from iot_lab.console import Colour, duration, paint, table
 from iot_lab.hosts import Machine
-from iot_lab.shell import LabError, first
+from iot_lab.shell import LabError
 
 HERE = Path(__file__).parent
 RELEASE_PYTHON = "/opt/iot-pipeline/current/bin/python"
@@ -105,10 +105,10 @@ def auditor(machines: Sequence[Machine]) -> Machine | None:
     """
     storage = [machine for machine in machines if "storage_nodes" in machine.groups]
     if len(storage) < 2:
-        return first(storage)
+        return next(iter(storage), None)
     answers = remote.everywhere(storage, lambda machine: remote.run(machine, "true", timeout=10))
     answering = [machine for machine in storage if answers[machine.name].returncode == 0]
-    return first(answering or storage)
+    return (answering or storage)[0]
 
 
 def parse_host(machine: Machine, text: str) -> Host:
