@@ -42,9 +42,9 @@ HOSTS = (
     "vagrant",
 )
 TORCH = ("libopenblas0-pthread", "python3-torch", "python3-torchvision")
+# For the tests: another client than ours, and other processors than this machine's.
+FOREIGN = {"test": ("kcat", "qemu-user")}
 # Training draws some of its images, and a test looks at how.
-# Another client than ours, for the tests.
-CLIENTS = {"test": ("kcat",)}
 FONTS = ("fonts-noto-color-emoji",)
 
 PROFILES = {
@@ -146,7 +146,7 @@ def _missing(profile: str) -> list[str]:
         wanted += TORCH
     if profile in {"test", "train"}:
         wanted += FONTS
-    wanted += CLIENTS.get(profile, ())
+    wanted += FOREIGN.get(profile, ())
     missing = set(wanted) - _installed(wanted)
     if profile in {"lab", "test"} and not NEWEST_KEYRING.exists():
         missing.add("debian-archive-keyring")

@@ -12,7 +12,17 @@ from typing import Any
 
 PYTHON = "/opt/iot-pipeline/current/bin/python"
 PACKAGES = ("iot-pipeline", "kafka-python", "Pillow", "couchdb", "timm", "openvino", "onnxruntime")
-INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+# As iot_pipeline.processor has them, which is not on every host.
+INSTRUCTIONS = (
+    "avx2",
+    "avx512f",
+    "avx512bw",
+    "avx_vnni",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+)
 ASK = """
 import importlib.metadata, json
 found = {}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 
 from iot_lab.bench import figures, measure, page
 from iot_lab.shell import LabError
-from iot_pipeline import produce
+from iot_pipeline import processor, produce
 
+FACTS = Path(__file__).parents[1] / "bench" / "facts.py"
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -275,9 +277,31 @@ def test_bars_say_what_is_met(found: dict[str, Any]) -> None:
         "Inference drain to ceiling, openvino int8 (`inference_of_ceiling_default`)",
         "Producer to `kafka-producer-perf-test.sh` (`producer_of_perf_test`)",
     ]
+    assert [bar.needed for bar in page.bars(found) if "without VNNI" in bar.what] == [
+        "at least 5",
+        "at least 2",
+    ]
     found["memory_mb"]["storage"]["end"] = 150
     found["latency_ms"]["10"]["p99"] = 250
     assert len([bar for bar in page.bars(found) if not bar.met]) == 4
+
+
+@pytest.mark.parametrize("vnni", ["avx_vnni", "avx512_vnni"])
+def test_engines_are_judged_by_what_the_processor_has(found: dict[str, Any], vnni: str) -> None:
+    figures.add_ratios(found)
+    without = [bar.what for bar in page.bars(found) if not bar.met]
+    found["ratios"] |= {"engine_vs_eager_b1": 6, "engine_vs_eager_best": 3}
+    assert [bar.what for bar in page.bars(found) if not bar.met] == without
+    found["machine"]["instructions"].append(vnni)
+    judged = {bar.what: bar for bar in page.bars(found) if "with VNNI" in bar.what}
+    assert [(bar.needed, bar.met) for bar in judged.values()] == [
+        ("at least 8", False),
+        ("at least 4", False),
+    ]
+
+
+def test_the_hosts_are_asked_for_the_same_instructions_as_the_apps_look_for() -> None:
+    assert runpy.run_path(str(FACTS))["INSTRUCTIONS"] == processor.INSTRUCTIONS
 
 
 def test_the_page_shows_the_figures(found: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from iot_pipeline.engines import (
 )
 from iot_pipeline.errors import ConfigError, Exit
 from iot_pipeline.model import Model, find_model
-from iot_pipeline.prepare import ParityError, check_parity
+from iot_pipeline.prepare import Attempt, ParityError, check_parity
 from iot_pipeline.processor import instructions
 from iot_pipeline.settings import PrepareModelSettings, load
 
@@ -189,14 +189,13 @@ def test_a_compiled_engine_sees_what_torch_sees(
 ) -> None:
     chosen = settings(tmp_path, engine=engine, precision=precision)
     try:
-        assert prepare.run(chosen) == Exit.OK
+        assert prepare.prepare(chosen, Attempt(precision)).startswith("made ")
     except PrecisionError as error:
         if precision != "bf16":
             raise
         pytest.skip(error.reason)
-    assert capsys.readouterr().out.splitlines()[-1].startswith("made ")
     assert prepare.run(chosen) == Exit.OK
-    assert capsys.readouterr().out.startswith("found ")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("found ")
 
     compiled = load_classifier(engine=engine, precision=precision, cache=tmp_path, threads=1)
     torch = load_classifier(threads=1)
@@ -296,7 +295,7 @@ def test_a_signal_is_heard_after_models_were_loaded_and_dropped(tmp_path: Path) 
 @needs("torch", "openvino", "onnxruntime")
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
 def test_a_service_with_a_prepared_model_does_not_import_torch(tmp_path: Path, engine: str) -> None:
-    prepare.run(settings(tmp_path, engine=engine))
+    prepare.prepare(settings(tmp_path, engine=engine), Attempt("int8"))
     script = (
         "import sys\n"
         "from iot_pipeline.classifier import load_classifier\n"
@@ -441,17 +440,14 @@ def test_what_the_processor_lacks_names_the_variables(tmp_path: Path) -> None:
 
 
 @needs("torch", "onnxruntime")
-def test_another_processor_gets_a_model_of_its_own(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_another_processor_gets_a_model_of_its_own(tmp_path: Path) -> None:
     chosen = settings(tmp_path, engine="onnxruntime")
-    prepare.run(chosen)
+    prepare.prepare(chosen, Attempt("fp32"))
     (file,) = tmp_path.glob(f"*/{PREPARED}")
     record = json.loads(file.read_text())
     assert record["instructions"] == instructions()
     file.write_text(json.dumps({**record, "instructions": ["another"]}))
-    prepare.run(chosen)
-    assert capfd.readouterr().out.splitlines()[-1].startswith("made ")
+    assert prepare.prepare(chosen, Attempt("fp32")).startswith("made ")
     assert json.loads(file.read_text()) == record
 
 
@@ -460,7 +456,7 @@ def test_another_processor_gets_a_model_of_its_own(
 @needs("torch")
 def test_bfloat16_is_refused_where_the_processor_has_none(tmp_path: Path, engine: str) -> None:
     with pytest.raises(PrecisionError, match=r"processor.*inference_node_precision"):
-        prepare.run(settings(tmp_path, engine=engine, precision="bf16"))
+        prepare.prepare(settings(tmp_path, engine=engine, precision="bf16"), Attempt("bf16"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -480,12 +476,12 @@ def test_ranges_can_be_measured_on_the_host(
     with pytest.raises(EngineError, match="IOT_CALIBRATION_IMAGES"):
         prepare.run(settings(cache, **chosen))
     sample = str(ROOT / "apps/src/iot_pipeline/data/sample.tar.xz")
-    prepare.run(settings(cache, **chosen, calibration_images=sample))
-    assert capsys.readouterr().out.splitlines()[-1].startswith("made ")
+    images_of_its_own = settings(cache, **chosen, calibration_images=sample)
+    assert prepare.prepare(images_of_its_own, Attempt("int8")).startswith("made ")
     load_classifier(chosen["model"], engine="openvino", precision="int8", cache=cache).warm_up()
     # Other images make another model, under the same name.
-    prepare.run(settings(cache, **chosen, calibration_images="sample"))
-    assert capsys.readouterr().out.splitlines()[-1].startswith("made ")
+    others = settings(cache, **chosen, calibration_images="sample")
+    assert prepare.prepare(others, Attempt("int8")).startswith("made ")
     assert len(list(cache.glob(f"*int8*/{PREPARED}"))) == 1
 
 
@@ -495,8 +491,9 @@ def test_images_of_other_things_compare_nothing(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     Image.new("RGB", (32, 32)).save(folder / "1.png")
     with pytest.raises(ConfigError, match=r"pelican.*inference_node_validation_images"):
-        prepare.run(
-            settings(tmp_path / "c", engine="openvino", validation_images=str(folder.parent))
+        prepare.prepare(
+            settings(tmp_path / "c", engine="openvino", validation_images=str(folder.parent)),
+            Attempt("int8"),
         )
 
 
@@ -504,7 +501,7 @@ def test_images_of_other_things_compare_nothing(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_names_the_setting(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="IOT_MODEL_CACHE"):
-        prepare.run(settings(tmp_path / "file" / "cache", engine="openvino"))
+        prepare.prepare(settings(tmp_path / "file" / "cache", engine="openvino"), Attempt("int8"))
 
 
 @with_torch
@@ -531,6 +528,7 @@ def test_an_image_that_cannot_be_read_names_its_source(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "1.png").write_bytes(b"junk")
     with pytest.raises(ConfigError, match="images holds an image that cannot be read"):
-        prepare.run(
-            settings(tmp_path / "c", engine="openvino", validation_images=str(folder.parent))
+        prepare.prepare(
+            settings(tmp_path / "c", engine="openvino", validation_images=str(folder.parent)),
+            Attempt("int8"),
         )

@@ -21,14 +21,10 @@ from iot_pipeline.schema import CLASSES
 
 SHIPPED_WEIGHTS = "resnet18-cifar10.safetensors"
 
-HUB_REVISIONS = {
-    # The head of main since February 2023: https://huggingface.co/edadaltocg/resnet18_cifar10
-    "edadaltocg/resnet18_cifar10": "ccacbae365101b9bfa45e1f17f4acac30c2601b2",
-}
-"""Commits of models on the Hugging Face hub that are used when no revision is given."""
-
 CONFIG = "config.json"
-_WEIGHTS = (SHIPPED_WEIGHTS, "model.safetensors", "pytorch_model.bin")  # the first found is taken
+# The first found is taken. No pickles: torch before 2.6 runs what a stranger puts into one, even
+# when it is told to load weights only (CVE-2025-32434).
+_WEIGHTS = (SHIPPED_WEIGHTS, "model.safetensors")
 _SUPPORTED = "shipped, local-dir:PATH or hf-hub:OWNER/NAME"
 
 Ranges = Mapping[str, tuple[float, float]]
@@ -102,8 +98,9 @@ class Model:
 
     config: ModelConfig
     weights_name: str
-    """Name of the weights file, which tells its format."""
+    """Name of the weights file."""
     weights: bytes
+    """The file: safetensors."""
     digest: str
     """SHA-256 of the weights, hex."""
 
@@ -120,12 +117,11 @@ def find_model(spec: str = "shipped", revision: str | None = None) -> Model:
         spec: where it is:
 
             * `shipped`: the weights that come with this package;
-            * `local-dir:PATH`: a folder with `config.json` and `model.safetensors` or
-              `pytorch_model.bin`;
+            * `local-dir:PATH`: a folder with `config.json` and `model.safetensors`;
             * `hf-hub:OWNER/NAME`: the same files in a repository on the Hugging Face hub,
               downloaded once into its cache.
         revision: for `hf-hub:` the commit, 40 hex digits, so that a model never changes under a
-            running pipeline. May be left out for those in `HUB_REVISIONS`.
+            running pipeline.
 
     Raises:
         ModelError: the specification, the folder, the download or the settings are no good.
@@ -138,7 +134,7 @@ def find_model(spec: str = "shipped", revision: str | None = None) -> Model:
         if not folder.is_dir():
             raise ModelError(f"model {spec!r}: there is no folder {str(folder)!r}")
     elif kind == "hf-hub" and place:
-        folder = _download(place, revision or HUB_REVISIONS.get(place, ""))
+        folder = _download(place, revision or "")
     else:
         hint = "" if separator else ", not the bare name of a timm model: those know other classes"
         raise ModelError(f"model {spec!r} is not supported: give {_SUPPORTED}{hint}")
@@ -175,7 +171,11 @@ def _download(repository: str, revision: str) -> Path:
 def _read(folder: Traversable) -> Model:
     weights_file = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if weights_file is None:
-        raise ModelError(f"there is none of {', '.join(_WEIGHTS)} in {folder}")
+        raise ModelError(
+            f"there is none of {', '.join(_WEIGHTS)} in {folder}; weights that are a pickle, such "
+            "as pytorch_model.bin, can run any program and are not read: docs/engines.md says how "
+            "to convert them"
+        )
     try:
         config = ModelConfig.read((folder / CONFIG).read_text(encoding="utf-8"))
         content = weights_file.read_bytes()

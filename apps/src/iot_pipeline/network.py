@@ -1,14 +1,12 @@
 """The network in torch: a timm ResNet-18 for 32x32 pictures, which every engine starts from.
 
 Runs on PyTorch 1.13 (Debian 12) and later. Nothing from outside is unpickled: weights are
-safetensors, or a pickle that torch reads with `weights_only=True`.
+safetensors.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import safetensors.torch
 import timm
@@ -52,19 +50,10 @@ def load_network(model: Model) -> nn.Module:
     network = cifar_resnet18(model.config.channels, len(model.config.labels))
     try:
         # Half precision in the file becomes single precision in the network.
-        network.load_state_dict(_tensors(model.weights_name, model.weights))
-    except Exception as error:  # A damaged pickle fails in any way it likes.
+        network.load_state_dict(safetensors.torch.load(model.weights))
+    except Exception as error:  # A damaged file fails in any way it likes.
         raise ModelError(f"{model.name}: {model.weights_name} does not fit: {error}") from error
     return network.eval()
-
-
-def _tensors(name: str, content: bytes) -> Mapping[str, Any]:
-    """The tensors in a weights file, by name."""
-    if name.endswith(".safetensors"):
-        tensors: Mapping[str, Any] = safetensors.torch.load(content)
-    else:
-        tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    return tensors
 
 
 class FromPixels(nn.Module):  # type: ignore[misc]

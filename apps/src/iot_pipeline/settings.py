@@ -416,8 +416,8 @@ class ModelSettings:
     )
     precision: str = setting(
         "auto",
-        "what the model computes with: auto is int8 where the engine has it and the model comes "
-        "with activation ranges, else fp32",
+        "what the model computes with: auto is the fastest that is as accurate as fp32 on this "
+        "host: int8 where the engine has it and the model comes with activation ranges, else fp32",
         choices=("auto", "fp32", "bf16", "int8"),
     )
     model_cache: str = setting(
@@ -453,8 +453,9 @@ class PrepareModelSettings(ModelSettings, CommandSettings):
     SETTINGS_FILES = ("iot-inference",)
     DESCRIPTION = (
         "Compile the model for its engine, once. It is compared with torch in single precision and "
-        "refused (exit status 1) when its accuracy is more than half a point lower. The last line "
-        "begins with `made`, or with `found` where there was nothing to do."
+        "refused (exit status 1) when its accuracy is more than half a point lower; the precision "
+        "auto steps down instead. The last line begins with `made`, or with `found` where there "
+        "was nothing to do."
     )
 
     validation_images: str = setting(
