@@ -193,7 +193,7 @@ def test_servers_are_taken_one_by_one() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a b", "a/b", "a,b", "\u00e4", "a" * 250, "a\n"])
+@pytest.mark.parametrize("name", [".", "..", "a b", "a/b", "a,b", "\u00e4", "a" * 250])
 @pytest.mark.parametrize("topic", ["image_topic", "prediction_topic", "dead_letter_topic"])
 def test_a_topic_that_cannot_be_is_refused_at_once(topic: str, name: str) -> None:
     with pytest.raises(ConfigError, match=f"IOT_{topic.upper()} "):
