@@ -15,7 +15,7 @@ from kafka.net.sasl import get_sasl_mechanism
 
 from iot_pipeline.access import Tls, find_problem, security_options
 from iot_pipeline.errors import ConfigError
-from iot_pipeline.settings import ProduceSettings, split_address
+from iot_pipeline.settings import ProduceSettings, load, split_address
 
 
 @pytest.fixture
@@ -193,11 +193,11 @@ def test_servers_are_taken_one_by_one() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a b", "a/b", "a,b", "\u00e4", "a" * 250, "a\n"])
+@pytest.mark.parametrize("name", [".", "..", "a b", "a/b", "a,b", "\u00e4", "a" * 250])
 @pytest.mark.parametrize("topic", ["image_topic", "prediction_topic", "dead_letter_topic"])
 def test_a_topic_that_cannot_be_is_refused_at_once(topic: str, name: str) -> None:
     with pytest.raises(ConfigError, match=f"IOT_{topic.upper()} "):
-        ProduceSettings(**{topic: name})
+        load(ProduceSettings, {topic: name}, {})
 
 
 @pytest.mark.parametrize(
@@ -210,4 +210,4 @@ def test_a_topic_that_cannot_be_is_refused_at_once(topic: str, name: str) -> Non
 )
 def test_no_stage_reads_what_it_writes(one: str, other: str) -> None:
     with pytest.raises(ConfigError, match=f"IOT_{one.upper()} and IOT_{other.upper()} "):
-        ProduceSettings(**{one: "same", other: "same"})
+        load(ProduceSettings, {one: "same", other: "same"}, {})

@@ -161,7 +161,7 @@ def only(content: bytes, position: int = BASE) -> Unreadable:
     assert (found.topic, found.partition) == PARTITION
     assert records.next_fetch_offset == found.offset + 1
     # Where kafka-python asks again, it gets an end and not the same generator.
-    assert not records
+    assert records.record_iterator is None
     return found
 
 
@@ -310,7 +310,7 @@ def test_a_poll_brings_so_much_and_the_rest_comes_again() -> None:
     while position < BASE + 2000:
         found, records = unpacked(content, position)
         assert sum(len(each.value) for each in found) <= POLL_BYTES + len(value)
-        assert not records
+        assert records.record_iterator is None
         offsets += [each.offset for each in found]
         position, polls = records.next_fetch_offset, polls + 1
     assert offsets == list(range(BASE, BASE + 2000))
@@ -354,7 +354,7 @@ def test_a_batch_that_has_no_length_is_a_stop_that_tells_where() -> None:
     assert len(records.take()) == 1
     with pytest.raises(UnreadablePartition, match=rf"iot-topic-3@{BASE + 1}: .*-5 bytes"):
         records.take()
-    assert not records
+    assert records.record_iterator is None
 
 
 def test_a_batch_that_is_shorter_than_its_header_is_told() -> None:
@@ -381,14 +381,14 @@ def test_no_bytes_end_it_or_lead_backwards(data: st.DataObject) -> None:
     records = _Records(bounds, BASE, PARTITION, MemoryRecords(bytes(content)))
     position = records.next_fetch_offset
     try:
-        while records:
+        while records.record_iterator is not None:
             for each in records.take(2):
                 # What stands for records that nobody counted has the last good one's offset.
                 assert each.offset >= position - isinstance(each, Unreadable)
                 position = max(position, each.offset + 1)
     except UnreadablePartition:
         pass
-    assert not records
+    assert records.record_iterator is None
     assert records.next_fetch_offset >= position
 
 

@@ -328,6 +328,8 @@ def _batches(content: memoryview) -> Iterator[_Batch]:
 class _Records(Fetcher.PartitionRecords):  # type: ignore[misc] # it has no types
     """The records that a broker has answered for one partition."""
 
+    next_fetch_offset: int
+
     def __init__(self, bounds: _Bounds, *arguments: Any, **options: Any) -> None:
         self._bounds = bounds
         super().__init__(*arguments, **options)

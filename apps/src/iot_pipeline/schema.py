@@ -386,7 +386,7 @@ class Unreadable:
     error: InvalidMessage
     """Why."""
     key: bytes | None = None
-    value: None = None
+    value: bytes | None = None
     timestamp: int = -1
     timestamp_type: int = 0
     """1 where the time is the broker's, 0 where it is the sender's."""
