@@ -97,7 +97,7 @@ def couchdb_password_is(account: Data, password: str) -> bool:
     expected = str(account.get("derived_key", ""))
     if not expected:
         return False
-    prf = account.get("pbkdf2_prf", "sha")
+    prf = str(account.get("pbkdf2_prf", "sha"))
     key = hashlib.pbkdf2_hmac(
         {"sha": "sha1"}.get(prf, prf),
         password.encode(),
