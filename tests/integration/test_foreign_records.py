@@ -343,10 +343,6 @@ def break_the_compression(batch: bytearray) -> None:
     sealed(batch)
 
 
-def name_an_old_format(batch: bytearray) -> None:
-    batch[16] = 1
-
-
 def count_too_many(batch: bytearray) -> None:
     struct.pack_into(">i", batch, 57, 99)
     sealed(batch)
@@ -356,8 +352,6 @@ SPOILED: dict[Callable[[bytearray], None], tuple[str, int, int]] = {
     flip_a_bit: ("checksum", 3, 5),
     name_another_codec: ("compressed in way 6", 3, 5),
     break_the_compression: ("cannot be decoded", 3, 5),
-    # The older formats have no other offset than the last record's, where this one has the first's.
-    name_an_old_format: ("format 1", 3, 3),
     # The records that are there are taken.
     count_too_many: ("cannot be decoded", 5, 5),
 }
