@@ -355,6 +355,7 @@ def test_a_less_accurate_model_is_refused_and_not_kept(tmp_path: Path, poor: str
     assert list(cache.iterdir()) == []
 
 
+@pytest.mark.timeout(600)
 @needs("torch", "openvino")
 def test_auto_steps_down_from_a_less_accurate_model(
     tmp_path: Path, poor: str, capfd: pytest.CaptureFixture[str]
@@ -460,6 +461,7 @@ def test_bfloat16_is_refused_where_the_processor_has_none(tmp_path: Path, engine
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.timeout(600)
 @needs("torch", "openvino")
 def test_ranges_can_be_measured_on_the_host(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

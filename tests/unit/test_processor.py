@@ -93,6 +93,7 @@ def expected(pixels: Path) -> list[tuple[int, float]]:
     return list(zip(classes.tolist(), confidences.tolist(), strict=True))
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(QEMU is None, reason="qemu-x86_64 is not installed: apt-get install qemu-user")
 # One has AVX2, the other no AVX at all; neither has VNNI.
 @pytest.mark.parametrize("processor", ["Haswell-noTSX", "Nehalem"])
@@ -100,6 +101,7 @@ def test_int8_sees_the_same_on_any_processor(
     compiled: tuple[str, Path], pixels: Path, expected: list[tuple[int, float]], processor: str
 ) -> None:
     name, folder = compiled
+    assert QEMU
     done = subprocess.run(
         [QEMU, "-cpu", processor, sys.executable, "-c", CLASSIFY, name, folder, pixels],
         env={
