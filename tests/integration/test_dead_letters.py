@@ -39,6 +39,7 @@ class Source:
     value: bytes | None
     partition: int = 0
     timestamp: int = 0
+    timestamp_type: int = 0
 
 
 def bury(pipeline: Pipeline, sources: Sequence[Source]) -> None:

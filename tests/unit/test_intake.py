@@ -27,6 +27,7 @@ class KafkaRecord:
     value: bytes | None = b"value"
     key: bytes | None = None
     timestamp: int = 0
+    timestamp_type: int = 0
 
 
 def records(partition: TopicPartition, count: int, start: int = 0) -> list[Record]:

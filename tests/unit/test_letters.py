@@ -28,6 +28,7 @@ class KafkaRecord:
     value: bytes | None = b"value"
     timestamp: int = int(NOW.timestamp() * 1000)
     headers: Sequence[tuple[str, bytes | None]] = field(default_factory=tuple)
+    timestamp_type: int = 0
 
 
 class Topic:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import reduce
 
@@ -81,7 +81,10 @@ class Memory(Store):
     def close(self) -> None:
         pass
 
-    def _write(self, documents: Sequence[Document], outcome: Outcome) -> list[str]:
+    def _write(
+        self, documents: Sequence[Document], outcome: Outcome, alive: Callable[[], None]
+    ) -> list[str]:
+        alive()
         conflicts = []
         for each in documents:
             if each.get("_rev") == self.stored["_rev"]:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from iot_pipeline.engines import find_engine
-from iot_pipeline.infer import open_image
 from iot_pipeline.model import find_model
+from iot_pipeline.pictures import open_image
 from iot_pipeline.processor import instructions
 from iot_pipeline.sources import open_source
 

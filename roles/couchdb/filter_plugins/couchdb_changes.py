@@ -99,7 +99,7 @@ def couchdb_password_is(account: Data, password: str) -> bool:
         return False
     prf = str(account.get("pbkdf2_prf", "sha"))
     key = hashlib.pbkdf2_hmac(
-        {"sha": "sha1"}.get(prf, prf),
+        "sha1" if prf == "sha" else prf,
         password.encode(),
         salt.encode(),
         int(account.get("iterations", 10)),

@@ -112,8 +112,8 @@ audit:
   description: What the last audit has left. Null without audit_record, empty where there is none.
   type: dict
 dead_letters:
-  description: Number of open dead letters. Null where it could not be found out in time, and missing
-    without dead_letters_command.
+  description: Number of open dead letters. Null where it could not be found out in time, and
+    missing without dead_letters_command.
   type: int
 clock:
   description: The least and the most by which this host's clock may be ahead of the control host's,
