@@ -1,5 +1,6 @@
 """What all unit tests share."""
 
+import json
 import logging
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -15,6 +17,8 @@ from hypothesis import settings
 # How long an example takes says something of the machine, and nothing of the code.
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +30,29 @@ def own_logging() -> Iterator[None]:
     root.handlers[:] = handlers
     root.setLevel(levels[0])
     ours.setLevel(levels[1])
+
+
+@pytest.fixture(scope="session")
+def run_playbook() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a playbook on hosts that are made up: a folder for it, what `all` holds, and words."""
+    return _run_playbook
+
+
+def _run_playbook(
+    folder: Path, inventory: dict[str, Any], *words: str
+) -> subprocess.CompletedProcess[str]:
+    (folder / "hosts.yml").write_text(json.dumps({"all": inventory}))
+    command = shutil.which("ansible-playbook")
+    assert command, "the tools are not on PATH"
+    return subprocess.run(
+        [command, "--inventory=hosts.yml", *words],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
+        | {"ANSIBLE_CONFIG": str(ROOT / "ansible/ansible.cfg")},
+    )
 
 
 @pytest.fixture

@@ -2,20 +2,20 @@
 
 import json
 import os
-import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from iot_pipeline.sources import open_source
 
-ROOT = Path(__file__).parents[2]
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can give root a file")
 
 
-def copied(folder: Path, dataset: Path) -> tuple[Path, str]:
+def copied(run_playbook: Run, folder: Path, dataset: Path) -> tuple[Path, str]:
     """Copy a data set as the role does, and say where to and what Ansible printed."""
     task = {"ansible.builtin.include_role": {"name": "producer", "tasks_from": "dataset"}}
     play = {"hosts": "all", "gather_facts": False, "tasks": [task]}
@@ -25,25 +25,19 @@ def copied(folder: Path, dataset: Path) -> tuple[Path, str]:
         "ansible_python_interpreter": "{{ ansible_playbook_python }}",
     }
     (folder / "play.yml").write_text(json.dumps([play]))
-    command = shutil.which("ansible-playbook")
-    assert command, "the tools are not on PATH"
-    done = subprocess.run(
-        [
-            *(command, "--inventory=localhost,", "--connection=local"),
-            *("--extra-vars", json.dumps(variables), "play.yml"),
-        ],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible/ansible.cfg")},
+    done = run_playbook(
+        folder,
+        {"hosts": {"localhost": None}},
+        *("--connection=local", "--extra-vars", json.dumps(variables), "play.yml"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (target,) = folder.glob("copied-*")
     return target, done.stdout
 
 
-def test_the_copy_gives_the_images_and_classes_of_the_folder(tmp_path: Path) -> None:
+def test_the_copy_gives_the_images_and_classes_of_the_folder(
+    run_playbook: Run, tmp_path: Path
+) -> None:
     dataset = tmp_path / "set"
     for name in ("cat/a.png", "cat/.ipynb_checkpoints/a.png", "sheet.jpg", "cat/dog/c.png"):
         (dataset / name).parent.mkdir(parents=True, exist_ok=True)
@@ -51,12 +45,12 @@ def test_the_copy_gives_the_images_and_classes_of_the_folder(tmp_path: Path) -> 
     (dataset / "dog").mkdir()
     (dataset / "dog/b.png").hardlink_to(dataset / "cat/a.png")
     (dataset / "horse").symlink_to("dog")
-    target, _ = copied(tmp_path, dataset)
+    target, _ = copied(run_playbook, tmp_path, dataset)
     with open_source(str(dataset)) as there, open_source(str(target)) as here:
         expected = [(image.label, image.data) for image in there]
         assert [(image.label, image.data) for image in here] == expected
         assert here.classes == ["cat", "dog", "horse"]
         assert len(expected) == 4
-    _, again = copied(tmp_path, dataset)
+    _, again = copied(run_playbook, tmp_path, dataset)
     assert "changed=0" in again
     assert list(tmp_path.glob("copied-*")) == [target]

@@ -1,10 +1,9 @@
 """Hosts are told apart by the inventory's names: their own may all be the same."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,10 @@ HOSTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Settings]]:
+def settings(
+    run_playbook: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, dict[str, Settings]]:
     """What each role's service is set to on each host, as Ansible renders it."""
     folder = tmp_path_factory.mktemp("names")
     defaults: dict[str, Any] = {}
@@ -35,11 +37,10 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Se
         defaults |= yaml.safe_load((ROLES / role / "defaults/main.yml").read_text())
     known = {f"{role}_bootstrap_servers": "broker:9092" for role in KINDS} | {
         "ansible_connection": "local",
+        "ansible_python_interpreter": sys.executable,
         "inference_node_threads": 2,
         "storage_node_store_url": "couchdb://localhost:5984/img_db",
     }
-    inventory = {"all": {"hosts": HOSTS, "vars": defaults | known}}
-    (folder / "hosts.json").write_text(json.dumps(inventory))
     load_them = [
         {"ansible.builtin.include_vars": str(ROLES / role / "vars/main.yml")} for role in KINDS
     ]
@@ -52,17 +53,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Se
     }
     play = {"hosts": "all", "gather_facts": False, "tasks": [*load_them, write]}
     (folder / "play.yml").write_text(json.dumps([play]))
-    program = shutil.which("ansible-playbook")
-    assert program, "the tools are not on PATH"
-    done = subprocess.run(
-        [program, "--inventory=hosts.json", "play.yml"],
-        env={k: v for k, v in os.environ.items() if not k.startswith("ANSIBLE_")}
-        | {"ANSIBLE_PYTHON_INTERPRETER": sys.executable},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_playbook(folder, {"hosts": HOSTS, "vars": defaults | known}, "play.yml")
     assert done.returncode == 0, done.stdout + done.stderr
     found: dict[str, dict[str, Settings]] = {}
     for host in HOSTS:

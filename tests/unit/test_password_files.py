@@ -2,19 +2,20 @@
 
 import json
 import os
-import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
 STEPS = ["announce", "announce", "prefer", "prefer", "announce"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the files are to be root's")
-def test_the_first_password_is_the_one_that_the_database_knows(tmp_path: Path) -> None:
+def test_the_first_password_is_the_one_that_the_database_knows(
+    run_playbook: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
     store, kafka = tmp_path / "store.password", tmp_path / "any.kafka.password"
     for file in (store, kafka):
         file.write_text("old\n")
@@ -36,17 +37,10 @@ def test_the_first_password_is_the_one_that_the_database_knows(tmp_path: Path) -
         "_pipeline_app_user": "root",
     }
     (tmp_path / "variables.json").write_text(json.dumps(variables))
-    command = shutil.which("ansible-playbook")
-    assert command, "the tools are not on PATH"
-    done = subprocess.run(
-        [
-            *(command, "--connection=local", "--inventory=localhost,"),
-            *(f"--extra-vars=@{tmp_path}/variables.json", str(tmp_path / "play.yml")),
-        ],
-        check=False,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible/ansible.cfg")},
+    done = run_playbook(
+        tmp_path,
+        {"hosts": {"localhost": None}},
+        *("--connection=local", "--extra-vars=@variables.json", "play.yml"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     # Of Kafka's, the new one always comes first.

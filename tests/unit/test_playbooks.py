@@ -1,9 +1,8 @@
 """Plays that decide over others: Ansible runs them, with hosts that are made up."""
 
 import json
-import os
-import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,7 @@ GROUPS = {
 }
 
 
-def run(folder: Path, inventory: dict[str, Any], *words: str) -> subprocess.CompletedProcess[str]:
-    """Run a playbook on hosts that are made up."""
-    (folder / "hosts.yml").write_text(json.dumps({"all": inventory}))
-    command = shutil.which("ansible-playbook")
-    assert command, "the tools are not on PATH"
-    return subprocess.run(
-        [command, "--inventory=hosts.yml", *words],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible/ansible.cfg")},
-    )
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +33,7 @@ def run(folder: Path, inventory: dict[str, Any], *words: str) -> subprocess.Comp
     ],
 )
 def test_apps_keep_both_passwords_where_a_server_could_not_be_changed(
-    tmp_path: Path, failing: str, told: bool
+    run_playbook: Run, tmp_path: Path, failing: str, told: bool
 ) -> None:
     guard = [
         play
@@ -67,14 +54,14 @@ def test_apps_keep_both_passwords_where_a_server_could_not_be_changed(
     }
     (tmp_path / "play.yml").write_text(json.dumps([before, *guard, after]))
     hosts = {name: {"hosts": dict.fromkeys(members)} for name, members in GROUPS.items()}
-    done = run(tmp_path, {"children": hosts}, "--connection=local", "play.yml")
+    done = run_playbook(tmp_path, {"children": hosts}, "--connection=local", "play.yml")
     assert ("msg: told" in done.stdout) == told, done.stdout + done.stderr
     assert (f"{failing} failed before" in done.stdout) != told
 
 
 @pytest.mark.parametrize("failing,preferred", [("storage-2", True), ("database", False)])
 def test_a_new_password_comes_first_where_the_database_knows_it(
-    tmp_path: Path, failing: str, preferred: bool
+    run_playbook: Run, tmp_path: Path, failing: str, preferred: bool
 ) -> None:
     before = {
         "hosts": "all",
@@ -91,18 +78,20 @@ def test_a_new_password_comes_first_where_the_database_knows_it(
         json.dumps([before, {**play, "become": False, "tasks": [told]}])
     )
     hosts = {name: {"hosts": dict.fromkeys(members)} for name, members in GROUPS.items()}
-    done = run(tmp_path, {"children": hosts}, "--connection=local", "play.yml")
+    done = run_playbook(tmp_path, {"children": hosts}, "--connection=local", "play.yml")
     assert ("msg: preferred" in done.stdout) == preferred, done.stdout + done.stderr
 
 
-def test_a_host_that_does_not_answer_is_asked_once_and_named(tmp_path: Path) -> None:
+def test_a_host_that_does_not_answer_is_asked_once_and_named(
+    run_playbook: Run, tmp_path: Path
+) -> None:
     lost = {
         "ansible_host": "127.0.0.1",
         "ansible_port": 9,  # nobody listens there
         "health_asks_kafka": True,
     }
     playbook = str(ROOT / "ansible/playbooks/health.yml")
-    done = run(tmp_path, {"hosts": {"lost": lost}}, playbook)
+    done = run_playbook(tmp_path, {"hosts": {"lost": lost}}, playbook)
     assert done.stdout.count("UNREACHABLE!") == 1, done.stdout + done.stderr
     assert "CRITICAL host-unreachable lost" in done.stdout
 
@@ -110,7 +99,7 @@ def test_a_host_that_does_not_answer_is_asked_once_and_named(tmp_path: Path) -> 
 RULE = "tcp dport 9093 accept"
 
 
-def preflights(folder: Path, names: list[str], **variables: Any) -> str:
+def preflights(run_playbook: Run, folder: Path, names: list[str], **variables: Any) -> str:
     """Run what checks an inventory of these hosts, and render the first one's firewall."""
     firewall = ROOT / "roles/firewall"
     template = firewall / "templates/firewall.nft.j2"
@@ -147,21 +136,25 @@ def preflights(folder: Path, names: list[str], **variables: Any) -> str:
     }
     empty: dict[str, Any] = {name: {} for name in ("producers", "inference_nodes")}
     more = f"--extra-vars={json.dumps(variables)}"
-    done = run(folder, {"children": groups | empty}, "--connection=local", more, "play.yml")
+    done = run_playbook(
+        folder, {"children": groups | empty}, "--connection=local", more, "play.yml"
+    )
     return done.stdout + done.stderr
 
 
-def test_hosts_may_be_named_by_their_addresses(tmp_path: Path) -> None:
-    said = preflights(tmp_path, ["192.0.2.11", "192.0.2.12"])
+def test_hosts_may_be_named_by_their_addresses(run_playbook: Run, tmp_path: Path) -> None:
+    said = preflights(run_playbook, tmp_path, ["192.0.2.11", "192.0.2.12"])
     assert "on [192.0.2.11], hosts [{}]" in said, said
     rules = (tmp_path / "rules").read_text()
     assert "elements = { 192.0.2.11, 192.0.2.12 }" in rules
     assert RULE in rules
 
 
-def test_names_are_taken_as_they_are_where_dns_is_said_to_know_them(tmp_path: Path) -> None:
+def test_names_are_taken_as_they_are_where_dns_is_said_to_know_them(
+    run_playbook: Run, tmp_path: Path
+) -> None:
     # The one name that every host knows.
-    said = preflights(tmp_path, ["localhost"], base_hosts_entries={})
+    said = preflights(run_playbook, tmp_path, ["localhost"], base_hosts_entries={})
     assert "on [], hosts [{}]" in said, said
     rules = (tmp_path / "rules").read_text()
     assert "127.0.0.1" in rules or "::1" in rules
@@ -177,9 +170,9 @@ def test_names_are_taken_as_they_are_where_dns_is_said_to_know_them(tmp_path: Pa
     ],
 )
 def test_names_that_nobody_knows_are_told(
-    tmp_path: Path, variables: dict[str, Any], reason: str
+    run_playbook: Run, tmp_path: Path, variables: dict[str, Any], reason: str
 ) -> None:
-    said = preflights(tmp_path, ["a.invalid"], **variables)
+    said = preflights(run_playbook, tmp_path, ["a.invalid"], **variables)
     assert reason in " ".join(said.split()), said
     assert "Set ansible_host of these hosts in the inventory" in " ".join(said.split())
     assert "has no attribute" not in said
@@ -252,7 +245,9 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def said_of(folder: Path, check: str, given: dict[str, dict[str, Any]]) -> dict[str, str]:
+def said_of(
+    run_playbook: Run, folder: Path, check: str, given: dict[str, dict[str, Any]]
+) -> dict[str, str]:
     """Run one check of each role, with its defaults and what is given. Returns what was said."""
     tasks: list[dict[str, Any]] = []
     for name, values in given.items():
@@ -269,28 +264,32 @@ def said_of(folder: Path, check: str, given: dict[str, dict[str, Any]]) -> dict[
         tasks.append({"vars": known | values, "block": [*checks, passed], "rescue": [failed]})
     play = {"hosts": "all", "gather_facts": False, "tasks": tasks}
     (folder / "play.yml").write_text(json.dumps([play]))
-    done = run(folder, {"hosts": {"one": None}}, "--connection=local", "play.yml")
+    done = run_playbook(folder, {"hosts": {"one": None}}, "--connection=local", "play.yml")
     assert done.returncode == 0, done.stdout + done.stderr
     return {name: (folder / name).read_text() for name in given}
 
 
-def test_a_password_that_yaml_takes_for_a_number_is_told_by_its_name(tmp_path: Path) -> None:
+def test_a_password_that_yaml_takes_for_a_number_is_told_by_its_name(
+    run_playbook: Run, tmp_path: Path
+) -> None:
     check = "Check that passwords are text"
     wrong = {name: values for name, (values, _) in NUMBERS.items()}
-    said = said_of(tmp_path, check, wrong)
+    said = said_of(run_playbook, tmp_path, check, wrong)
     for name, (_, reason) in NUMBERS.items():
         assert said[name].startswith(reason)
     right = {name: texts(values) for name, values in wrong.items()}
-    assert set(said_of(tmp_path, check, right).values()) == {"well"}
+    assert set(said_of(run_playbook, tmp_path, check, right).values()) == {"well"}
 
 
-def test_what_a_unit_cannot_carry_is_told_by_its_name(tmp_path: Path) -> None:
+def test_what_a_unit_cannot_carry_is_told_by_its_name(run_playbook: Run, tmp_path: Path) -> None:
     check = "Check what is written into a unit"
-    said = said_of(tmp_path, check, {name: values for name, (values, _) in UNFIT.items()})
+    said = said_of(
+        run_playbook, tmp_path, check, {name: values for name, (values, _) in UNFIT.items()}
+    )
     for name, (_, reason) in UNFIT.items():
         assert said[name].startswith(reason)
     right = {"couchdb": {"couchdb_bind_address": "::1"}, "mongodb": {}, "storage_node": {}}
-    assert set(said_of(tmp_path, check, right).values()) == {"well"}
+    assert set(said_of(run_playbook, tmp_path, check, right).values()) == {"well"}
 
 
 def texts(value: Any) -> Any:
