@@ -245,6 +245,16 @@ def network_tasks_are_retried(role: Path) -> list[str]:
     ]
 
 
+def packages_come_by_one_role(role: Path) -> list[str]:
+    """Only that one knows how to ask no mirror where nothing is missing."""
+    return [
+        f"{where}: let the role packages do it"
+        for where, task in role_tasks(role)
+        if (module(task) or "").rpartition(".")[2] in {"apt", "deb822_repository"}
+        and role.name != "packages"
+    ]
+
+
 def facts_are_not_injected(role: Path) -> list[str]:
     return [
         f"{path.relative_to(role)}: {match[0]}"
@@ -319,6 +329,7 @@ RULES: list[Rule] = [
     main_is_a_table_of_contents,
     modules_are_builtin_or_ours,
     network_tasks_are_retried,
+    packages_come_by_one_role,
     facts_are_not_injected,
     other_roles_are_left_alone,
     units_are_told_only_what_was_checked,
@@ -393,6 +404,11 @@ BREACHES: list[tuple[Rule, dict[str, str], str]] = [
         network_tasks_are_retried,
         {"tasks/run.yml": "[{name: Add, ansible.builtin.apt: {name: jq}}]"},
         "Add: goes over the network",
+    ),
+    (
+        packages_come_by_one_role,
+        {"tasks/run.yml": "[{name: Add, ansible.builtin.apt: {name: jq}}]"},
+        "Add: let the role packages",
     ),
     (
         facts_are_not_injected,
