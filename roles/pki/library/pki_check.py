@@ -13,7 +13,8 @@ from ansible.module_utils.basic import AnsibleModule
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
-from cryptography.x509.oid import ExtendedKeyUsageOID
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 DOCUMENTATION = """
 module: pki_check
@@ -58,10 +59,15 @@ options:
     type: list
     elements: path
     default: []
-  current:
-    description: PEM of the certificate that the host has, with its chain. Empty when it has none.
-    type: str
-    default: ""
+  names:
+    description: The host names and addresses that a certificate of the authority is for.
+    type: list
+    elements: str
+    default: []
+  has:
+    description: What the host has, as the module pki_host returns it.
+    type: dict
+    required: true
   valid_days:
     description: Number of days for which a new certificate is valid.
     type: int
@@ -84,6 +90,8 @@ EXAMPLES = """
     brought: false
     authority_certificate_file: /srv/pki/ca.pem
     authority_key_file: /srv/pki/ca.key
+    names: ["{{ inventory_hostname }}"]
+    has: "{{ found_by_pki_host }}"
     valid_days: 397
     renew_before_days: 30
     warn_before_days: 180
@@ -106,10 +114,24 @@ not_after:
 renew:
   description: Whether the certificate that the host has is due.
   type: bool
+sound:
+  description: Whether the host has all that it is to have, so that there is nothing to do.
+  type: bool
 """
 
 # As large as any chain gets.
 LONGEST_CHAIN = 10
+
+# What a key may be used for, as far as it does not depend on one another.
+USAGES = (
+    "digital_signature",
+    "content_commitment",
+    "key_encipherment",
+    "data_encipherment",
+    "key_agreement",
+    "key_cert_sign",
+    "crl_sign",
+)
 
 Certificates = Sequence[x509.Certificate]
 
@@ -323,6 +345,7 @@ def check_brought(
     found.result = {
         "certificate": pem([certificate]),
         "chain": pem(issuer for issuer in path or [] if not is_root(issuer)),
+        "key": public_bytes(certificate.public_key()),
     }
     return found
 
@@ -374,6 +397,95 @@ def is_due(current: str, renew_before: timedelta, new_end: datetime, now: dateti
     return end < now + renew_before and end < new_end
 
 
+def is_as_asked(
+    certificate: x509.Certificate, host: str, names: Iterable[str], authority: x509.Certificate
+) -> bool:
+    """Tell whether a certificate is what this role would have the authority sign for a host.
+
+    It is what `tasks/issued.yml` asks for. Whatever is in doubt is not as asked.
+    """
+    subject = [(part.oid, part.value) for part in certificate.subject]
+    wanted: dict[Any, tuple[bool, Any]] = {
+        x509.SubjectAlternativeName: (False, {general_name(name) for name in names}),
+        x509.BasicConstraints: (True, x509.BasicConstraints(ca=False, path_length=None)),
+        x509.KeyUsage: (True, {"digital_signature"}),
+        x509.ExtendedKeyUsage: (
+            False,
+            {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH},
+        ),
+    }
+    try:
+        has = {
+            type(extension.value): (extension.critical, comparable(extension.value))
+            for extension in certificate.extensions
+        }
+    except ValueError:
+        return False
+    key = certificate.public_key()
+    return (
+        subject == [(NameOID.COMMON_NAME, host)]
+        and all(has.get(kind) == value for kind, value in wanted.items())
+        and isinstance(key, ec.EllipticCurvePublicKey)
+        and isinstance(key.curve, ec.SECP256R1)
+        and issued_by(certificate, authority)
+    )
+
+
+def general_name(name: str) -> x509.GeneralName:
+    """Return a host name or an address as a certificate holds it."""
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
+
+
+def comparable(value: x509.ExtensionType) -> Any:
+    """Return what an extension says, whatever the order in which it says it."""
+    if isinstance(value, (x509.SubjectAlternativeName, x509.ExtendedKeyUsage)):
+        return set(value)
+    if isinstance(value, x509.KeyUsage):
+        return {name for name in USAGES if getattr(value, name)}
+    return value
+
+
+def has_all(has: dict[str, Any], certificate: str, trusted: str, key: bytes) -> bool:
+    """Tell whether a host has this certificate with its chain, these authorities, and the key."""
+    try:
+        own = serialization.load_pem_public_key(has["public_key"].encode())
+    except ValueError:
+        return False
+    return bool(
+        has["in_order"]
+        and has["certificate"] == certificate
+        and has["trusted"] == trusted
+        and public_bytes(own) == key
+    )
+
+
+def is_sound(
+    has: dict[str, Any],
+    host: str,
+    names: Iterable[str],
+    authority: x509.Certificate,
+    result: dict[str, Any],
+) -> bool:
+    """Tell whether the certificate that a host has can stay, with all that is beside it."""
+    try:
+        current = x509.load_pem_x509_certificate(has["certificate"].encode())
+    except ValueError:
+        return False
+    return (
+        not result["renew"]
+        and is_as_asked(current, host, names, authority)
+        and has_all(
+            has,
+            pem([current]) + result["chain"],
+            result["trusted"],
+            public_bytes(current.public_key()),
+        )
+    )
+
+
 def open_to_others(path: str) -> bool:
     """Tell whether others than its owner may read or change a file."""
     return bool(Path(path).stat().st_mode & 0o077)
@@ -392,7 +504,14 @@ def look(parameters: dict[str, Any], now: datetime) -> Findings:
         key = read_key(parameters["key"], parameters["key_passphrase"], "pki_key_file")
         own = read_certificates(parameters["ca"], "pki_ca_file")
         found = check_brought(parameters["host"], certificates, key, own, warn_days, now)
-        found.result["trusted"] = pem([*own, *extra])
+        result = found.result
+        result["trusted"] = pem([*own, *extra])
+        result["sound"] = has_all(
+            parameters["has"],
+            result["certificate"] + result["chain"],
+            result["trusted"],
+            result.pop("key"),
+        )
         return found
 
     key_file = parameters["authority_key_file"]
@@ -414,8 +533,11 @@ def look(parameters: dict[str, Any], now: datetime) -> Findings:
     found.result |= {
         "trusted": pem([*own, *extra]),
         "not_after": f"{end:%Y%m%d%H%M%SZ}",
-        "renew": is_due(parameters["current"], renew_before, end, now),
+        "renew": is_due(parameters["has"]["certificate"], renew_before, end, now),
     }
+    found.result["sound"] = is_sound(
+        parameters["has"], parameters["host"], parameters["names"], certificates[0], found.result
+    )
     return found
 
 
@@ -433,7 +555,8 @@ def main() -> None:
             "authority_key_file": {"type": "path", "no_log": False},
             "authority_key_passphrase": {"type": "str", "no_log": True},
             "trusted_files": {"type": "list", "elements": "path", "default": []},
-            "current": {"type": "str", "default": ""},
+            "names": {"type": "list", "elements": "str", "default": []},
+            "has": {"type": "dict", "required": True},
             "valid_days": {"type": "int", "required": True},
             "renew_before_days": {"type": "int", "required": True},
             "warn_before_days": {"type": "int", "required": True},

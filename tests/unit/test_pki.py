@@ -17,21 +17,21 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
-PATH = Path(__file__).parents[2] / "roles/pki/library/pki_check.py"
+LIBRARY = Path(__file__).parents[2] / "roles/pki/library"
 
 
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("pki_check", PATH)
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, LIBRARY / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look their module up.
-    sys.modules["pki_check"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
 
-pki_check = load()
+pki_check = load("pki_check")
 
 NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)
 BOTH = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
@@ -68,6 +68,7 @@ def make(
     names: tuple[str, ...] = (),
     purposes: tuple[x509.ObjectIdentifier, ...] | None = BOTH,
     since: float = 1,
+    usage: tuple[str, ...] | None = None,
 ) -> Identity:
     """Make an identity that ends so many days from NOW, signed by itself or by an issuer."""
     key = ec.generate_private_key(ec.SECP256R1())
@@ -90,6 +91,11 @@ def make(
         builder = builder.add_extension(x509.SubjectAlternativeName(general), critical=False)
     if purposes is not None and not ca:
         builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
+    if usage is not None:
+        every = {
+            name: name in usage for name in (*pki_check.USAGES, "encipher_only", "decipher_only")
+        }
+        builder = builder.add_extension(x509.KeyUsage(**every), critical=True)
     return Identity(builder.sign(issuer.key if issuer else key, hashes.SHA256()), key)
 
 
@@ -97,6 +103,23 @@ ROOT = make("root", ca=True, days=3650)
 OTHER_ROOT = make("other root", ca=True, days=3650)
 INTERMEDIATE = make("intermediate", ROOT, ca=True, days=2000)
 HOST = make("web", ROOT, names=("web", "192.0.2.1"))
+
+
+NOTHING = {"certificate": "", "trusted": "", "public_key": "", "in_order": False}
+
+
+def has(leaf: Identity, chain: str = "", trusted: str = ROOT.pem, **changes: Any) -> dict[str, Any]:
+    """What the module pki_host says of a host that has all this."""
+    public = leaf.key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    found = {
+        "certificate": leaf.pem + chain,
+        "trusted": trusted,
+        "public_key": public.decode(),
+        "in_order": True,
+    }
+    return found | changes
 
 
 def brought(
@@ -110,7 +133,8 @@ def brought(
         "key_passphrase": None,
         "ca": ROOT.pem,
         "trusted_files": [],
-        "current": "",
+        "names": [],
+        "has": NOTHING,
         "valid_days": 397,
         "renew_before_days": 30,
         "warn_before_days": 30,
@@ -128,7 +152,8 @@ def problem(parameters: dict[str, Any]) -> str:
 def test_a_good_certificate_from_elsewhere_passes() -> None:
     found = pki_check.look(brought(), NOW)
     assert (found.problems, found.warnings) == ([], [])
-    assert found.result == {"certificate": HOST.pem, "chain": "", "trusted": ROOT.pem}
+    wanted = {"certificate": HOST.pem, "chain": "", "trusted": ROOT.pem, "sound": False}
+    assert found.result == wanted
 
 
 def test_the_chain_follows_the_certificate_without_the_root() -> None:
@@ -301,6 +326,7 @@ def test_a_good_authority_passes(authority: Authority) -> None:
         "chain": "",
         "not_after": "20310202120000Z",
         "renew": True,
+        "sound": False,
     }
 
 
@@ -345,10 +371,10 @@ def test_an_authority_that_ends_soon_is_warned_of_and_outlived_by_nothing(
     assert found.result["not_after"] == "20300121120000Z"
     # What it signed last ends with it: to sign again would gain nothing, on every run.
     last = make("web", ending, days=20)
-    again = pki_check.look(authority.parameters(ending, current=last.pem), NOW)
+    again = pki_check.look(authority.parameters(ending, has=has(last)), NOW)
     assert again.result["renew"] is False
     earlier = make("web", ending, days=10)
-    assert pki_check.look(authority.parameters(ending, current=earlier.pem), NOW).result["renew"]
+    assert pki_check.look(authority.parameters(ending, has=has(earlier)), NOW).result["renew"]
 
 
 @given(days=st.integers(-400, 400), renew=st.integers(0, 396))
@@ -366,3 +392,88 @@ CURRENT = make("web", ROOT)
 def test_what_cannot_be_read_is_due() -> None:
     for current in ("", "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"):
         assert pki_check.is_due(current, timedelta(days=1), NOW + timedelta(days=2), NOW)
+
+
+NAMES = ("web", "web.example", "192.0.2.1", "2001:db8::1")
+SIGNS = ("digital_signature",)
+ASKED = make("web", ROOT, names=NAMES, usage=SIGNS, days=300)
+
+
+def sound(authority: Authority, found: dict[str, Any], **changes: Any) -> bool:
+    parameters = authority.parameters(has=found, **{"names": list(NAMES)} | changes)
+    return bool(pki_check.look(parameters, NOW).result["sound"])
+
+
+def test_a_host_that_has_all_it_is_to_have_is_left_alone(authority: Authority) -> None:
+    assert sound(authority, has(ASKED))
+    # Names are a set: their order is nobody's concern.
+    assert sound(authority, has(ASKED), names=list(reversed(NAMES)))
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        pytest.param(NOTHING, id="nothing"),
+        pytest.param(has(ASKED, in_order=False), id="a file of another mode"),
+        pytest.param(has(ASKED, chain=INTERMEDIATE.pem), id="a chain that is no more"),
+        pytest.param(has(ASKED, trusted=ROOT.pem + OTHER_ROOT.pem), id="an authority too many"),
+        pytest.param(has(ASKED, trusted=""), id="no authority"),
+        pytest.param(has(ASKED, public_key=has(HOST)["public_key"]), id="another key"),
+        pytest.param(has(ASKED, public_key=""), id="no key"),
+        pytest.param(has(ASKED, public_key="-----BEGIN"), id="half a key"),
+        pytest.param(
+            has(make("web", OTHER_ROOT, names=NAMES, usage=SIGNS)), id="another authority's"
+        ),
+        pytest.param(has(make("web", ROOT, names=NAMES, usage=SIGNS, days=20)), id="due"),
+        pytest.param(has(make("web", ROOT, names=NAMES[:-1], usage=SIGNS)), id="a name too few"),
+        pytest.param(has(make("web", ROOT, names=(*NAMES, "w"), usage=SIGNS)), id="one too many"),
+        pytest.param(has(make("w", ROOT, names=NAMES, usage=SIGNS)), id="another common name"),
+        pytest.param(has(make("web", ROOT, names=NAMES)), id="any usage"),
+        pytest.param(
+            has(make("web", ROOT, names=NAMES, usage=(*SIGNS, "key_agreement"))), id="more usage"
+        ),
+        pytest.param(
+            has(make("web", ROOT, names=NAMES, usage=SIGNS, purposes=BOTH[:1])), id="one purpose"
+        ),
+    ],
+)
+def test_a_host_that_lacks_anything_is_not(authority: Authority, found: dict[str, Any]) -> None:
+    assert not sound(authority, found)
+
+
+def test_a_host_with_its_certificate_from_elsewhere_is_left_alone() -> None:
+    assert pki_check.look(brought(has=has(HOST)), NOW).result["sound"]
+    for found in (NOTHING, has(HOST, in_order=False), has(ASKED), has(HOST, trusted="")):
+        assert not pki_check.look(brought(has=found), NOW).result["sound"]
+
+
+PKI_HOST = load("pki_host")
+
+
+def test_what_a_host_has_is_read_from_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "host.key").write_text(ASKED.key_pem())
+    (tmp_path / "host.pem").write_text(ASKED.pem)
+    (tmp_path / "ca.pem").write_text(ROOT.pem)
+    assert PKI_HOST.look(tmp_path, "ssl-cert") == has(ASKED, in_order=False)
+
+
+def test_what_is_missing_or_garbage_is_told_apart(tmp_path: Path) -> None:
+    assert PKI_HOST.look(tmp_path / "none", "ssl-cert") == NOTHING
+    for name in ("host.key", "host.pem", "ca.pem"):
+        (tmp_path / name).write_bytes(b"\xff\x00")
+    found = PKI_HOST.look(tmp_path, "ssl-cert")
+    assert found["certificate"]
+    assert found["public_key"] == ""
+
+
+def test_owner_group_mode_and_kind_of_a_file_count(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    file.chmod(0o640)
+    owner, group = file.owner(), file.group()
+    assert PKI_HOST.owned(file, group, 0o640) is (owner == "root")
+    assert not PKI_HOST.owned(file, "nobody-has-this-group", 0o640)
+    assert not PKI_HOST.owned(file, group, 0o644)
+    (tmp_path / "link").symlink_to(file)
+    assert not PKI_HOST.owned(tmp_path / "link", group, 0o640)
+    assert not PKI_HOST.owned(tmp_path / "none", group, 0o640)
