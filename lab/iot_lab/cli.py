@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from iot_lab import (
+    ansible,
     artifacts,
     hosts,
     images,
@@ -130,6 +131,8 @@ def _parser() -> argparse.ArgumentParser:
         "build the archives of Kafka and of the database, and the apps' wheel",
     )
 
+    add("ansible", _ansible, "print the settings of the lab's Ansible, for a shell's eval")
+
     command = add("status", _status, "show hosts and services")
     add_topology(command)
     command = add("report", _report, "show hosts, services, topics and images")
@@ -194,6 +197,12 @@ def _prepare(options: argparse.Namespace) -> int:
     # Vagrant boots hosts without Ansible, too.
     if (paths.TOOLS / "bin" / "ansible").exists():
         up.package_cache_for(wanted)
+    return 0
+
+
+def _ansible(_options: argparse.Namespace) -> int:
+    for name, value in ansible.settings().items():
+        print(f"export {name}={shlex.quote(value)}")
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import time
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iot_lab import (
+    ansible,
     artifacts,
     hosts,
     images,
@@ -199,11 +199,7 @@ def _playbook(options: Options, playbook: str, *extra: str) -> None:
 
 
 def _run(command: list[str], options: Options, name: str, folder: Path = paths.ROOT) -> None:
-    environment = {
-        **os.environ,
-        "TOPOLOGY": options.topology,
-        "ANSIBLE_CONFIG": str(paths.ROOT / "ansible" / "ansible.cfg"),
-    }
+    environment = {**ansible.environment(), "TOPOLOGY": options.topology}
     if options.profile:
         environment["ANSIBLE_CALLBACKS_ENABLED"] = "ansible.posix.profile_tasks"
     if is_coloured():

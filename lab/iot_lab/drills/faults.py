@@ -7,7 +7,6 @@ alone. What lasts is undone by the host itself, too, should nobody come back to 
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import subprocess
 import time
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from iot_lab import hosts, paths, remote, report
+from iot_lab import ansible, hosts, paths, remote, report
 from iot_lab.drills.drill import FOLDER, Step
 from iot_lab.hosts import Machine
 from iot_lab.shell import LabError, engine, shown
@@ -271,7 +270,7 @@ def _logged(command: Sequence[str]) -> None:
             stdout=file,
             stderr=subprocess.STDOUT,
             cwd=paths.ROOT / "ansible",
-            env={**os.environ, "ANSIBLE_CONFIG": str(paths.ROOT / "ansible" / "ansible.cfg")},
+            env=ansible.environment(),
         )
     if done.returncode:
         end = "\n".join(log.read_text().splitlines()[-30:])
