@@ -143,7 +143,7 @@ def source_of(config: pytest.Config) -> str:
 
 def chosen_hosts(config: pytest.Config) -> set[str]:
     """The hosts and groups that are tested host by host; all where there are none."""
-    return set(filter(None, config.getoption("hosts").split(",")))
+    return set(filter(None, config.getoption("limit").split(",")))
 
 
 def ask_inventory(
@@ -201,7 +201,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="what site.yml was run with, if anything: kafka_authentication=mtls",
     )
     parser.addoption(
-        "--hosts",
+        "--limit",
         default="",
         metavar="NAME,NAME…",
         help="hosts and groups: what is tested host by host is tested of these alone, and what is "
