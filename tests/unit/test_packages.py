@@ -58,10 +58,15 @@ def test_what_is_missing_is_told_without_apt(
     there = ["dpkg", f"dpkg={version}", "coreutils"]
     # Of the last three only apt knows.
     missing = ["no-such-package", "dpkg=0", "dpkg:amd64", "dpkg/stable", "python3-no*"]
-    known = tmp_path / "known.origin"
+    known, sources = tmp_path / "known.origin", tmp_path / "known.sources"
     known.write_text(json.dumps(REPOSITORY, sort_keys=True) + "\n")
-    here = {"packages_names": ["dpkg"], "_packages_origin_file": str(known)}
-    nowhere = here | {"_packages_origin_file": str(tmp_path / "none")}
+    sources.touch()
+    here = {
+        "packages_names": ["dpkg"],
+        "_packages_origin_file": str(known),
+        "_packages_sources_file": str(sources),
+    }
+    none = str(tmp_path / "none")
     moved = REPOSITORY | {"key": "https://packages.example/new.asc"}
     found = look(
         run_playbook,
@@ -72,8 +77,9 @@ def test_what_is_missing_is_told_without_apt(
             {"packages_names": there},
             here | {"packages_repository": REPOSITORY},
             here | {"packages_repository": moved},
-            nowhere | {"packages_repository": REPOSITORY},
+            here | {"packages_repository": REPOSITORY, "_packages_origin_file": none},
+            here | {"packages_repository": REPOSITORY, "_packages_sources_file": none},
         ],
     )
-    assert [each["missing"] for each in found] == [missing, missing[3:], [], [], [], []]
-    assert [each["elsewhere"] for each in found] == [False, False, False, False, True, True]
+    assert [each["missing"] for each in found] == [missing, missing[3:], [], [], [], [], []]
+    assert [each["elsewhere"] for each in found] == [False, False, False, False, True, True, True]

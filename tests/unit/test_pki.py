@@ -69,6 +69,7 @@ def make(
     purposes: tuple[x509.ObjectIdentifier, ...] | None = BOTH,
     since: float = 1,
     usage: tuple[str, ...] | None = None,
+    identified: bool = True,
 ) -> Identity:
     """Make an identity that ends so many days from NOW, signed by itself or by an issuer."""
     key = ec.generate_private_key(ec.SECP256R1())
@@ -91,6 +92,10 @@ def make(
         builder = builder.add_extension(x509.SubjectAlternativeName(general), critical=False)
     if purposes is not None and not ca:
         builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
+    if issuer is not None and identified:
+        signer: Any = issuer.key.public_key()
+        named = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer)
+        builder = builder.add_extension(named, critical=False)
     if usage is not None:
         every = {
             name: name in usage for name in (*pki_check.USAGES, "encipher_only", "decipher_only")
@@ -428,6 +433,9 @@ def test_a_host_that_has_all_it_is_to_have_is_left_alone(authority: Authority) -
         pytest.param(has(make("web", ROOT, names=NAMES[:-1], usage=SIGNS)), id="a name too few"),
         pytest.param(has(make("web", ROOT, names=(*NAMES, "w"), usage=SIGNS)), id="one too many"),
         pytest.param(has(make("w", ROOT, names=NAMES, usage=SIGNS)), id="another common name"),
+        pytest.param(
+            has(make("web", ROOT, names=NAMES, usage=SIGNS, identified=False)), id="of any key"
+        ),
         pytest.param(has(make("web", ROOT, names=NAMES)), id="any usage"),
         pytest.param(
             has(make("web", ROOT, names=NAMES, usage=(*SIGNS, "key_agreement"))), id="more usage"
@@ -455,6 +463,34 @@ def test_what_a_host_has_is_read_from_its_folder(tmp_path: Path) -> None:
     (tmp_path / "host.pem").write_text(ASKED.pem)
     (tmp_path / "ca.pem").write_text(ROOT.pem)
     assert PKI_HOST.look(tmp_path, "ssl-cert") == has(ASKED, in_order=False)
+
+
+def test_a_key_that_kafka_does_not_read_is_none(tmp_path: Path) -> None:
+    (tmp_path / "host.key").write_bytes(
+        ASKED.key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.TraditionalOpenSSL,
+            serialization.NoEncryption(),
+        )
+    )
+    assert PKI_HOST.look(tmp_path, "ssl-cert")["public_key"] == ""
+
+
+def test_an_authority_with_a_name_of_its_own_for_its_key(authority: Authority) -> None:
+    builder = x509.CertificateBuilder(
+        ROOT.certificate.subject,
+        ROOT.certificate.subject,
+        ROOT.key.public_key(),
+        x509.random_serial_number(),
+        ROOT.certificate.not_valid_before_utc,
+        ROOT.certificate.not_valid_after_utc,
+    )
+    named = builder.add_extension(x509.SubjectKeyIdentifier(b"name"), critical=False)
+    named = named.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    again = Identity(named.sign(ROOT.key, hashes.SHA256()), ROOT.key)
+    found = has(ASKED, trusted=again.pem)
+    parameters = authority.parameters(again, has=found, names=list(NAMES))
+    assert not pki_check.look(parameters, NOW).result["sound"]
 
 
 def test_what_is_missing_or_garbage_is_told_apart(tmp_path: Path) -> None:

@@ -255,6 +255,21 @@ def packages_come_by_one_role(role: Path) -> list[str]:
     ]
 
 
+@functools.cache
+def registered_by(role: Path) -> set[str]:
+    return {task["register"] for _, task in role_tasks(role) if "register" in task}
+
+
+def what_is_read_is_registered(role: Path) -> list[str]:
+    """No result is read whose task has gone. Some are those of a role that is included."""
+    registered = registered_by(role).union(*map(registered_by, ROLES))
+    return [
+        f"{path.relative_to(role)}: {name} is registered nowhere"
+        for path in sorted([*role.rglob("*.yml"), *role.rglob("*.j2")])
+        for name in sorted(set(re.findall(r"\b__[a-z]\w+", path.read_text())) - registered)
+    ]
+
+
 def facts_are_not_injected(role: Path) -> list[str]:
     return [
         f"{path.relative_to(role)}: {match[0]}"
@@ -330,6 +345,7 @@ RULES: list[Rule] = [
     modules_are_builtin_or_ours,
     network_tasks_are_retried,
     packages_come_by_one_role,
+    what_is_read_is_registered,
     facts_are_not_injected,
     other_roles_are_left_alone,
     units_are_told_only_what_was_checked,
@@ -409,6 +425,11 @@ BREACHES: list[tuple[Rule, dict[str, str], str]] = [
         packages_come_by_one_role,
         {"tasks/run.yml": "[{name: Add, ansible.builtin.apt: {name: jq}}]"},
         "Add: let the role packages",
+    ),
+    (
+        what_is_read_is_registered,
+        {"tasks/run.yml": "[{name: Go, ansible.builtin.meta: noop, when: __bad_gone is changed}]"},
+        "__bad_gone is registered nowhere",
     ),
     (
         facts_are_not_injected,

@@ -428,7 +428,27 @@ def is_as_asked(
         and isinstance(key, ec.EllipticCurvePublicKey)
         and isinstance(key.curve, ec.SECP256R1)
         and issued_by(certificate, authority)
+        and key_identifier(certificate) == own_key_identifier(authority)
     )
+
+
+def key_identifier(certificate: x509.Certificate) -> bytes | None:
+    """Return how a certificate names the key that signed it; None where it does not."""
+    try:
+        return certificate.extensions.get_extension_for_class(
+            x509.AuthorityKeyIdentifier
+        ).value.key_identifier
+    except x509.ExtensionNotFound:
+        return None
+
+
+def own_key_identifier(authority: x509.Certificate) -> bytes:
+    """Return how an authority names its own key, or how others do where it has no name for it."""
+    try:
+        found = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    except x509.ExtensionNotFound:
+        found = x509.SubjectKeyIdentifier.from_public_key(authority.public_key())
+    return found.digest
 
 
 def general_name(name: str) -> x509.GeneralName:

@@ -77,7 +77,12 @@ def read(path: Path) -> str:
 
 
 def public_half(key: Path) -> str:
-    """Return the public key of a private one as PEM, or none where openssl cannot read it."""
+    """Return the public key of a private one as PEM, or none where openssl cannot read it.
+
+    One that is not PKCS#8 is none: Kafka reads no other.
+    """
+    if not read(key).startswith("-----BEGIN PRIVATE KEY-----"):
+        return ""
     try:
         done = subprocess.run(
             ["openssl", "pkey", "-in", str(key), "-pubout"],
