@@ -17,6 +17,7 @@ TOPIC = "much"
 OFFSETS = "__consumer_offsets"  # of four partitions, as the nodes are set
 PARTITIONS = 6
 RECORD = b"x" * 10_000
+FILLED = 300  # records
 # In bytes per second. Slow is less than comes in, also on a busy machine: what moves keeps moving.
 SLOW, FAST = 20_000, 1_000_000_000
 
@@ -73,12 +74,13 @@ class Cluster:
         with self.admin() as admin:
             admin.create_topics({TOPIC: {"assignments": assignments}}, wait_for_metadata=True)
         self._sender.start()
-        wait_for(lambda: self.errors or sum(self.confirmed.values()) > 300, "some records")
+        wait_for(lambda: self.errors or sum(self.confirmed.values()) >= FILLED, "some records")
 
     def _send(self) -> None:
         producer = KafkaProducer(bootstrap_servers=self.servers, acks="all", linger_ms=5)
         try:
-            while not self._stop.wait(0.05):
+            # Quickly what there is to move, then more than SLOW and no more: all of it is copied.
+            while not self._stop.wait(0.05 if sum(self.confirmed.values()) < FILLED else 0.5):
                 sent = [producer.send(TOPIC, RECORD, partition=n) for n in range(PARTITIONS)]
                 for future in sent:
                     self.confirmed[future.get(timeout=30).partition] += 1
