@@ -95,6 +95,7 @@ def test_a_busy_machine_is_judged_by_the_audit_alone() -> None:
     kept = drill.Step("stop", "x", unsaid="refused", sends_dead_letters=3)
     found = drill.judged_by_the_audit(drill.Drill("x", "x", [step, kept]))
     assert found.steps == [drill.Step("stop", "x"), kept]
+    assert found.rate == drill.BUSY_RATE < drill.Drill("x", "x", []).rate
 
 
 def test_dead_letters_of_before_are_expected_unless_all_brokers_are_lost() -> None:

@@ -55,7 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--audit-only",
         action="store_true",
-        help="judge by the audit alone: on a busy machine, times and failed writes say nothing",
+        help="judge by the audit alone, and send ten images a second at most: on a busy machine, "
+        "times and failed writes say nothing",
     )
     return parser
 
