@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -65,6 +66,8 @@ def test_each_part_ends_in_time_when_nothing_answers(pipeline: Pipeline) -> None
         assert pid
         os.kill(pid, signal.SIGSTOP)
     try:
+        # Fifty images a second: by then one waits for an answer.
+        time.sleep(3)
         with ThreadPoolExecutor() as pool:
             ended = list(pool.map(lambda app: app.stop(timeout=allowed), apps))
     finally:
