@@ -96,6 +96,7 @@ def test_a_busy_machine_is_judged_by_the_audit_alone() -> None:
     found = drill.judged_by_the_audit(drill.Drill("x", "x", [step, kept]))
     assert found.steps == [drill.Step("stop", "x"), kept]
     assert found.rate == drill.BUSY_RATE < drill.Drill("x", "x", []).rate
+    assert found.busy
 
 
 def test_dead_letters_of_before_are_expected_unless_all_brokers_are_lost() -> None:

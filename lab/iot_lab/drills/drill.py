@@ -58,6 +58,7 @@ class Drill:
     rate: float = 50  # images per second meanwhile
     needs: Mapping[str, int] = field(default_factory=dict)  # group: how many hosts at least
     artifacts: Sequence[str] = ()  # what the lab builds besides, as in `lab artifacts`
+    busy: bool = False  # the machine does other things too: the audit alone judges
 
     @property
     def loses_brokers(self) -> bool:
@@ -76,10 +77,11 @@ class Drill:
 def judged_by_the_audit(drill: Drill) -> Drill:
     """Return a drill without what a busy machine may miss: times, writes, answers of health.
 
-    Fewer images flow meanwhile: they too keep the machine busy.
+    Fewer images flow meanwhile, and health is asked before and after all blows instead of between
+    them: both keep the machine busy, too.
     """
     steps = [replace(s, health=(), back_within=None, no_failures=False) for s in drill.steps]
-    return replace(drill, steps=steps, rate=min(drill.rate, BUSY_RATE))
+    return replace(drill, steps=steps, rate=min(drill.rate, BUSY_RATE), busy=True)
 
 
 def names() -> list[str]:

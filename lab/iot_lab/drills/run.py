@@ -22,7 +22,8 @@ from iot_lab.shell import LabError
 
 HEALTH_WITHIN = 15.0  # seconds in which health must answer, whatever does not
 AT_ONCE = 5000  # dead letters that fit on a command line
-SETTLED = 10.0  # seconds of steady work, before anything is done and after
+# Seconds of steady work, before anything is done and after; and where nobody looks at times.
+SETTLED, SETTLED_BUSY = 10.0, 2.0
 # Findings that say nothing of whether the lab can take the next blow.
 HARMLESS = frozenset({"dead-letters", "consumer-lag", "audit-stale", "audit-missing"})
 
@@ -75,13 +76,16 @@ def run(lab: faults.Lab, drill: Drill) -> Outcome:
     if drill.loses_brokers:
         before["dead_lettered"] = 0
     watch = Watch(lab.machines)
+    settled = SETTLED_BUSY if drill.busy else SETTLED
     rows: list[Row] = []
     with load(lab.machines, drill.rate) as lab.start_load, watch.running():
-        _until_steady(watch, time.monotonic())
+        _until_steady(watch, time.monotonic(), settled)
         for step in drill.steps:
             for hit in step.rounds(lab.machines):
                 began, failures, restarts = time.time(), watch.failures(), watch.restarts()
-                row = _do(lab, watch, step, hit)
+                row = _do(lab, watch, settled, step, hit)
+                if not drill.busy:
+                    _until_whole(lab, f"after {row.what}")
                 if step.no_failures:
                     _expect_none(row, "failed writes", watch.failures() - failures)
                     _expect_none(row, "errors in journals", _said(lab, began, "--priority=err"))
@@ -92,6 +96,8 @@ def run(lab: faults.Lab, drill: Drill) -> Outcome:
                     _expect_none(row, f"times {step.unsaid} in journals", said)
                 rows.append(row)
                 say(f"    {describe(row)}")
+        if drill.busy:
+            _until_whole(lab, "after the drill")
         failures, restarts = watch.failures(), watch.restarts()
     expected_letters = sum(step.sends_dead_letters for step in drill.steps)
     after, wrong = _judge(lab, before, expected_letters)
@@ -128,7 +134,7 @@ def describe(row: Row) -> str:
     return f"{row.what} {row.hosts}: {back}; longest pauses (s): {pauses}{seen}{wrong}"
 
 
-def _do(lab: faults.Lab, watch: Watch, step: Step, hit: Sequence[Machine]) -> Row:
+def _do(lab: faults.Lab, watch: Watch, settled: float, step: Step, hit: Sequence[Machine]) -> Row:
     what = _name(step)
     names = ", ".join(machine.name for machine in hit)
     say(f"    {what} {names}" + (f" for {step.seconds:.0f} s" if step.seconds else ""))
@@ -137,7 +143,7 @@ def _do(lab: faults.Lab, watch: Watch, step: Step, hit: Sequence[Machine]) -> Ro
     with around(lab, hit, step) if around else nullcontext():
         if around:
             _until_whole(lab, "on the small disk")
-            _until_steady(watch, time.monotonic())
+            _until_steady(watch, time.monotonic(), settled)
         began = time.monotonic()
         with faults.FAULTS[step.action](lab, hit, step):
             if step.health:
@@ -156,14 +162,13 @@ def _do(lab: faults.Lab, watch: Watch, step: Step, hit: Sequence[Machine]) -> Ro
             ended = time.monotonic()
         row.lasted = ended - began
         try:
-            row.back = _until_steady(watch, ended, hit)
+            row.back = _until_steady(watch, ended, settled, hit)
         except LabError as error:
             row.wrong.append(str(error))
         if step.back_within is not None and row.back is not None and row.back > step.back_within:
             row.wrong.append(f"back after {row.back:.1f} s, not within {step.back_within:.0f} s")
         until = time.monotonic()
         row.pauses = {stage: watch.longest_pause(stage, began, until) for stage in STAGES}
-        _until_whole(lab, f"after {what}")
     return row
 
 
@@ -207,8 +212,8 @@ def _until_whole(lab: faults.Lab, when: str) -> None:
         time.sleep(1)
 
 
-def _until_steady(watch: Watch, since: float, hit: Sequence[Machine] = ()) -> float:
-    """Wait until every stage, and each of these hosts, works steadily.
+def _until_steady(watch: Watch, since: float, settled: float, hit: Sequence[Machine] = ()) -> float:
+    """Wait until every stage, and each of these hosts, works steadily for so many seconds.
 
     Returns after how many seconds it began to. Raises LabError when it does not.
     """
@@ -216,7 +221,7 @@ def _until_steady(watch: Watch, since: float, hit: Sequence[Machine] = ()) -> fl
     while True:
         now = time.monotonic()
         steady = watch.steady_since(since, now, hit)
-        if steady is not None and now - steady >= SETTLED:
+        if steady is not None and now - steady >= settled:
             return steady - since
         if now > ends:
             raise LabError(f"not every stage works steadily within {PATIENCE:.0f} s")
