@@ -90,6 +90,11 @@ def test_hosts_are_hit_in_turn_or_together() -> None:
     assert list(drill.Step("play", {}).rounds(LAB)) == [[]]
 
 
+@pytest.mark.parametrize("settled", [run.SETTLED, run.SETTLED_BUSY])
+def test_what_stands_still_is_never_steady(settled: float) -> None:
+    assert Watch(LAB).steady_since(0, settled) is None
+
+
 def test_a_busy_machine_is_judged_by_the_audit_alone() -> None:
     step = drill.Step("stop", "x", health=["broker-lost"], back_within=1, no_failures=True)
     kept = drill.Step("stop", "x", unsaid="refused", sends_dead_letters=3)

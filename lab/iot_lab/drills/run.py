@@ -22,8 +22,9 @@ from iot_lab.shell import LabError
 
 HEALTH_WITHIN = 15.0  # seconds in which health must answer, whatever does not
 AT_ONCE = 5000  # dead letters that fit on a command line
-# Seconds of steady work, before anything is done and after; and where nobody looks at times.
-SETTLED, SETTLED_BUSY = 10.0, 2.0
+# Seconds of steady work, before anything is done and after; and where nobody looks at times. Within
+# watch.PAUSE nothing could be told.
+SETTLED, SETTLED_BUSY = 10.0, 5.0
 # Findings that say nothing of whether the lab can take the next blow.
 HARMLESS = frozenset({"dead-letters", "consumer-lag", "audit-stale", "audit-missing"})
 
