@@ -1,6 +1,7 @@
 """What the module pki_check says of keys and certificates, all of them real."""
 
 import importlib.util
+import inspect
 import ipaddress
 import sys
 from dataclasses import dataclass
@@ -97,9 +98,7 @@ def make(
         named = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer)
         builder = builder.add_extension(named, critical=False)
     if usage is not None:
-        every = {
-            name: name in usage for name in (*pki_check.USAGES, "encipher_only", "decipher_only")
-        }
+        every = {name: name in usage for name in inspect.signature(x509.KeyUsage).parameters}
         builder = builder.add_extension(x509.KeyUsage(**every), critical=True)
     return Identity(builder.sign(issuer.key if issuer else key, hashes.SHA256()), key)
 

@@ -122,16 +122,8 @@ sound:
 # As large as any chain gets.
 LONGEST_CHAIN = 10
 
-# What a key may be used for, as far as it does not depend on one another.
-USAGES = (
-    "digital_signature",
-    "content_commitment",
-    "key_encipherment",
-    "data_encipherment",
-    "key_agreement",
-    "key_cert_sign",
-    "crl_sign",
-)
+# The extension KeyUsage, as it is encoded, with digitalSignature alone (RFC 5280, 4.2.1.3).
+SIGNS_ALONE = bytes.fromhex("03020780")
 
 Certificates = Sequence[x509.Certificate]
 
@@ -345,7 +337,6 @@ def check_brought(
     found.result = {
         "certificate": pem([certificate]),
         "chain": pem(issuer for issuer in path or [] if not is_root(issuer)),
-        "key": public_bytes(certificate.public_key()),
     }
     return found
 
@@ -408,7 +399,7 @@ def is_as_asked(
     wanted: dict[Any, tuple[bool, Any]] = {
         x509.SubjectAlternativeName: (False, {general_name(name) for name in names}),
         x509.BasicConstraints: (True, x509.BasicConstraints(ca=False, path_length=None)),
-        x509.KeyUsage: (True, {"digital_signature"}),
+        x509.KeyUsage: (True, SIGNS_ALONE),
         x509.ExtendedKeyUsage: (
             False,
             {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH},
@@ -463,9 +454,7 @@ def comparable(value: x509.ExtensionType) -> Any:
     """Return what an extension says, whatever the order in which it says it."""
     if isinstance(value, (x509.SubjectAlternativeName, x509.ExtendedKeyUsage)):
         return set(value)
-    if isinstance(value, x509.KeyUsage):
-        return {name for name in USAGES if getattr(value, name)}
-    return value
+    return value.public_bytes() if isinstance(value, x509.KeyUsage) else value
 
 
 def has_all(has: dict[str, Any], certificate: str, trusted: str, key: bytes) -> bool:
@@ -530,7 +519,7 @@ def look(parameters: dict[str, Any], now: datetime) -> Findings:
             parameters["has"],
             result["certificate"] + result["chain"],
             result["trusted"],
-            result.pop("key"),
+            public_bytes(key.public_key()),
         )
         return found
 
